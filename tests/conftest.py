@@ -1,0 +1,47 @@
+"""What the tests share: a tiny random model, batches for it, and adapters that are no longer at their start."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tinylora_mtl import adapter_parameters
+
+
+def make_llama(seed=0, **changes):
+    """A random Llama small enough for a double loop: 2 layers, width 16, 50 tokens."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                 max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+def make_batch(seed=0, tasks=(0, 1, 2), each=2, length=9):
+    """A batch with left padding, random tokens, and labels on the last columns."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(tasks) * each
+    ids = torch.randint(3, 50, (rows, length), generator=generator)
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
+    for row in range(rows):
+        mask[row, :row % 4] = 0
+        answer = 1 + row % 3
+        labels[row, -answer:] = ids[row, -answer:]
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels,
+            "task_ids": torch.tensor(tasks).repeat_interleave(each)}
+
+
+def randomize_adapters(model, seed=0, std=0.1):
+    """Move every adapter parameter off its start, so that a forgotten factor or term shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def llama():
+    return make_llama()
+
+
+@pytest.fixture
+def batch():
+    return make_batch()

@@ -1,0 +1,152 @@
+r"""Align-LoRA: a plain LoRA and a loss that draws the tasks' low-rank features together.
+
+Changes from LoRA: the layers are the same; the loss becomes
+
+    L = L_task + λ · mean over adapted layers of mean over task pairs of D(Z_t, Z_t'),    Z_t = { A x }
+
+with x over the real tokens of the samples of task t in the step. D is a symmetric KL divergence between diagonal
+Gaussians (`kl_alignment`) or a maximum mean discrepancy (`mmd_alignment`).
+
+Source: "Align, Don't Divide", arXiv 2508.05078, equations 4 to 6. The paper does not say over what the statistics are
+taken; here it is all real tokens of a task, never padding, and tasks are told apart by `task_ids`. A x is taken as
+the layer computes it, that is after dropout on x.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from .batching import label_logits
+
+MMD_BANDWIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
+MMD_TOKENS = 64  # tokens per task that the kernels see: their cost grows with the square of this
+VARIANCE_FLOOR = 1e-5  # added to each variance, so that a feature which happens not to vary cannot divide by zero
+
+
+def kl_alignment(groups):
+    """Mean symmetric KL divergence between the tasks' features, over all pairs of tasks, in O(T).
+
+    groups: one [n_t, r] tensor per task, n_t may differ -> a scalar. Each task is a diagonal Gaussian (μ_t, v_t);
+    D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer than two tokens has no variance and is
+    left out; with fewer than two tasks left, the result is 0 (and still has a gradient, which is 0).
+    Source: arXiv 2508.05078, equations 4 to 6.
+    """
+    kept = [group.float() for group in groups if len(group) > 1]
+    if len(kept) < 2:
+        return _zero(groups)
+    mean = torch.stack([group.mean(0) for group in kept])  # [T, r]
+    variance = torch.stack([group.var(0, unbiased=False) for group in kept]) + VARIANCE_FLOOR  # [T, r]
+    count = len(kept)
+    return kl_all_pairs(mean, variance) / (count * (count - 1) / 2)
+
+
+def kl_all_pairs(mean, variance):
+    """Σ_{i<j} D_ij between diagonal Gaussians, symmetric and summed over features, without a loop over pairs.
+
+    mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
+        Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
+    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled inside.
+    """
+    count = len(mean)
+    mean = mean - mean.mean(0)  # differences are all that counts; small numbers lose fewer digits
+    m1, m2 = mean.sum(0), mean.square().sum(0)  # [r]
+    spread = variance.sum(0) * (1 / variance).sum(0) - count ** 2  # [r]
+    shift = ((m2 - 2 * mean * m1 + count * mean.square()) / variance).sum(0)  # [r]
+    return (spread + shift).sum() / 4
+
+
+def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
+    """Mean squared maximum mean discrepancy between the tasks' features, over all pairs of tasks, unbiased.
+
+    groups: one [n_t, r] tensor per task, n_t may differ -> a scalar, which can be slightly negative.
+        D = mean_{a≠b} k(z_a, z_b) + mean_{a≠b} k(z'_a, z'_b) - 2 mean_{a,b} k(z_a, z'_b)
+        k(z, z') = Σ_σ exp(-‖z - z'‖² / 2σ)
+    Of a task with more than MMD_TOKENS tokens a random subset of that size is used. Tasks with fewer than two tokens
+    are left out, as in `kl_alignment`. Source: arXiv 2508.05078; the estimator without its diagonal is Gretton et
+    al., JMLR 2012, lemma 6.
+    """
+    kept = [_subset(group.float()) for group in groups if len(group) > 1]
+    if len(kept) < 2:
+        return _zero(groups)
+    sizes = [len(group) for group in kept]
+    z = torch.cat(kept)  # [n, r], n over all tasks
+    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()  # [n, n]
+    kernel = sum(torch.exp(-distance / (2 * sigma)) for sigma in bandwidths)  # [n, n]
+    blocks = [row.split(sizes, dim=1) for row in kernel.split(sizes)]  # blocks[t][u] [n_t, n_u]
+    within = [(blocks[t][t].sum() - blocks[t][t].diagonal().sum()) / (n * (n - 1)) for t, n in enumerate(sizes)]
+    pairs = [within[t] + within[u] - 2 * blocks[t][u].mean() for t in range(len(sizes)) for u in range(t)]
+    return torch.stack(pairs).mean()
+
+
+ALIGNMENTS = {"kl": kl_alignment, "mmd": mmd_alignment}
+
+
+def _subset(group):
+    return group if len(group) <= MMD_TOKENS else group[torch.randperm(len(group), device=group.device)[:MMD_TOKENS]]
+
+
+def _zero(groups):
+    return sum((group.sum() for group in groups), torch.zeros(())) * 0.0
+
+
+@contextmanager
+def collect_features(model):
+    """Within the block, every forward pass of the model leaves z = A x of each adapted layer in the yielded dict.
+
+    Yields {layer name: z [batch, length, r]}. Leave the block before `backward`: with gradient checkpointing the
+    layers run once more there, and those outputs must not be counted.
+    """
+    features, handles = {}, []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            def keep(_, inputs, output, name=name):
+                features[name] = output
+            handles.append(module.lora_A.register_forward_hook(keep))
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def group_by_task(z, batch):
+    """The real tokens of z [batch, length, r], a [n_t, r] tensor for every task that is in the batch.
+
+    batch: `attention_mask` [batch, length] says which tokens are real, `task_ids` [batch] whose they are.
+    """
+    real = batch["attention_mask"].bool()  # [batch, length]
+    owner = batch["task_ids"][:, None].expand_as(real)  # [batch, length]
+    return [z[real & (owner == task)] for task in batch["task_ids"].unique()]
+
+
+def alignment_loss(features, batch, kind="kl"):
+    """Mean over the adapted layers of the alignment of their features: the term that λ multiplies.
+
+    features: what `collect_features` left; batch: as in `group_by_task`; kind: a key of ALIGNMENTS -> a scalar.
+    Raises RuntimeError if the features carry no gradient in training (reentrant gradient checkpointing does that):
+    the term would be a number in the log and nothing else.
+    """
+    if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
+        raise RuntimeError("the features have no gradient, so the alignment term would do nothing; "
+                           "use gradient checkpointing with use_reentrant=False")
+    align = ALIGNMENTS[kind]
+    return torch.stack([align(group_by_task(z, batch)) for z in features.values()]).mean()
+
+
+def alignment_gradients(model, pieces, batch, kind="kl"):
+    """The alignment loss of a batch that is computed in pieces, and its gradient with respect to each piece's features.
+
+    A first pass, without a graph, collects the features of all pieces, because the statistics are the whole batch's.
+    It draws its random numbers aside, so the pass that trains sees the same dropout masks.
+    pieces: the batch as `split_batch` cut it -> (loss, {layer name: [dL/dZ of piece 0, …]}).
+    """
+    collected = []
+    with torch.no_grad(), torch.random.fork_rng():
+        for piece in pieces:
+            with collect_features(model) as features:
+                label_logits(model, piece)
+            collected.append(features)
+    features = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
+    loss = alignment_loss(features, batch, kind)
+    gradients = torch.autograd.grad(loss, list(features.values()))
+    return loss.detach(), {name: gradient.tensor_split(len(pieces)) for name, gradient in zip(features, gradients)}

@@ -1,0 +1,127 @@
+"""From (prompt, target) samples to batches, and from a batch to its loss.
+
+A batch is a dict of tensors: `input_ids`, `attention_mask` (1 for a real token), `labels` (-100 where there is no
+target), all [batch, length] and padded on the left, and `task_ids` [batch].
+"""
+
+import inspect
+import random
+
+import torch
+import torch.nn.functional as F
+
+NO_LABEL = -100
+
+
+def encode_prompt(tokenizer, prompt, max_length):
+    """Token ids of a prompt, cut from the left to `max_length`: what stands nearest to the answer is kept."""
+    return tokenizer(prompt)["input_ids"][-max_length:]
+
+
+def encode_target(tokenizer, target):
+    """Token ids of a target: a space, the answer, the end token."""
+    return tokenizer(f" {target}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def encode(tokenizer, sample, max_length=512):
+    """(input_ids, labels), two lists of one length: prompt and target, with labels on the target only.
+
+    The prompt is cut from the left where both together would pass `max_length`; the target never is. Raises
+    ValueError for an empty target and for one that leaves no room for its prompt.
+    """
+    prompt, target = sample
+    answer = encode_target(tokenizer, target)
+    if not target.strip() or len(answer) >= max_length:
+        problem = "an empty target" if not target.strip() else f"a target of {len(answer)} tokens, max length {max_length}"
+        raise ValueError(f"{problem}: {prompt[-60:]!r}")
+    question = encode_prompt(tokenizer, prompt, max_length - len(answer))
+    return question + answer, [NO_LABEL] * len(question) + answer
+
+
+def collate(rows, task_ids, pad_id, device="cpu"):
+    """A batch of `encode`d rows, padded on the left so that every answer ends at the last column."""
+    length = max(len(ids) for ids, _ in rows)
+
+    def padded(lists, filler):
+        return torch.tensor([[filler] * (length - len(values)) + values for values in lists], device=device)
+
+    return {"input_ids": padded([ids for ids, _ in rows], pad_id),
+            "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+            "labels": padded([labels for _, labels in rows], NO_LABEL),
+            "task_ids": torch.tensor(task_ids, device=device)}
+
+
+class BalancedBatches:
+    """An endless draw of training batches with the same number of samples of every task.
+
+    Each task is shuffled and gone through by itself, and shuffled anew when it is used up. So a small task is
+    repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of
+    a task, not of the whole. A batch has batch_size // (number of tasks) samples of each task.
+    """
+
+    def __init__(self, tasks, tokenizer, max_length, seed, device):
+        self.rows = [[encode(tokenizer, sample, max_length) for sample in task.train] for task in tasks]
+        self.pad_id = tokenizer.pad_token_id
+        self.rng, self.device = random.Random(seed), device
+        self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
+
+    def draw(self, task_id, count):
+        """`count` rows of a task, different ones as long as it has that many."""
+        indices = []
+        while len(indices) < count:
+            if not self.waiting[task_id]:
+                self.waiting[task_id] = self.rng.sample(range(len(self.rows[task_id])), len(self.rows[task_id]))
+            indices.append(self.waiting[task_id].pop())
+        return [self.rows[task_id][index] for index in indices]
+
+    def balanced(self, batch_size):
+        """A batch of all tasks."""
+        each = batch_size // len(self.rows)
+        task_ids = [task_id for task_id in range(len(self.rows)) for _ in range(each)]
+        rows = [row for task_id in range(len(self.rows)) for row in self.draw(task_id, each)]
+        return collate(rows, task_ids, self.pad_id, self.device)
+
+    def episodes(self, tasks, support, query):
+        """MeTA-LoRA's round: for each of `tasks` sampled tasks a support and a query batch without a common sample."""
+        result = []
+        for task_id in self.rng.sample(range(len(self.rows)), tasks):
+            rows = self.rng.sample(self.rows[task_id], support + query)
+            result.append(tuple(collate(part, [task_id] * len(part), self.pad_id, self.device)
+                                for part in (rows[:support], rows[support:])))
+        return result
+
+
+def label_logits(model, batch):
+    """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first that has a label on.
+
+    Logits are computed for those columns only: the prompts' ones, most of them, would be thrown away. Raises
+    ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
+    """
+    labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()
+    if len(labelled) == 0:
+        raise ValueError("no label is left in the batch: every target was cut away or masked")
+    k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
+    takes = inspect.signature(model.forward).parameters
+    options = {}
+    if "position_ids" in takes:  # counted from the first real token, so that left padding changes nothing
+        options["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        options["logits_to_keep"] = k + 1
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
+    return logits[:, -k - 1:-1], batch["labels"][:, -k:]  # the logits at a position predict the next token
+
+
+def label_loss(model, batch, count=None):
+    """Cross-entropy in float32, summed over the labels of a batch and divided by their number -> a scalar.
+
+    count: divide by this instead, the number of labels of the whole step when the batch is a piece of one.
+    """
+    logits, labels = label_logits(model, batch)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    return total / ((labels != NO_LABEL).sum() if count is None else count)
+
+
+def split_batch(batch, pieces):
+    """The batch in `pieces` batches of (nearly) equal size, for gradient accumulation."""
+    parts = {key: tensor.tensor_split(pieces) for key, tensor in batch.items()}
+    return [{key: part[i] for key, part in parts.items()} for i in range(pieces)]

@@ -1,0 +1,76 @@
+r"""LoRA: a frozen linear layer and a trainable low-rank branch beside it.
+
+    y = W x + b + s · B A drop(x)            s = alpha / r
+
+Source: Hu et al., "LoRA", arXiv 2106.09685, equation 3 and section 4.1; the rank-stabilised s = alpha / sqrt(r) is
+Kalajdzievski, arXiv 2312.03732.
+
+Shapes, here and in every module: x [..., d_in], W [d_out, d_in], A [r, d_in], B [d_out, r], y [..., d_out].
+`nn.Linear` stores its weight as [d_out, d_in] and computes x Wᵀ, so `lora_A.weight` is A and `lora_B.weight` is B.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + s · B A drop(x), with W and b frozen.
+
+    Args:
+        base: the layer to adapt, an `nn.Linear` (or GPT-2's `Conv1D`); it is frozen here and never changed.
+        rank: r, the width of the low-rank branch, at least 1.
+        alpha: numerator of the scaling s.
+        dropout: probability with which an entry of x is dropped, in the branch only and only in training.
+        rank_stabilized: s = alpha / sqrt(r) instead of alpha / r.
+
+    Attributes: `lora_A` (nn.Linear d_in -> r), `lora_B` (nn.Linear r -> d_out), both without bias and in float32
+    whatever the base's type, and `scaling` (s).
+
+    Raises ValueError for a rank below 1 or a base that is not a linear layer. Source: arXiv 2106.09685, equation 3.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0, rank_stabilized=False):
+        super().__init__()
+        d_in, d_out = linear_shape(base)
+        self.scaling = lora_scaling(alpha, rank, rank_stabilized)
+        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self.base = base.requires_grad_(False)
+        float32 = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(d_in, rank, **float32)  # starts as Kaiming-uniform(a = sqrt 5): U(-1/√d_in, 1/√d_in)
+        self.lora_B = nn.Linear(rank, d_out, **float32)
+        nn.init.zeros_(self.lora_B.weight)  # so that the adapted layer starts as the base layer, exactly
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
+        y = self.base(x)  # [..., d_out]
+        z = self.lora_A(self.dropout(x.float()))  # [..., r]
+        return y + (self.scaling * self.lora_B(z)).to(y.dtype)
+
+    def delta(self):
+        """ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""
+        return self.scaling * self.lora_B.weight @ self.lora_A.weight
+
+
+def lora_scaling(alpha, rank, rank_stabilized):
+    """The factor s of the branch: alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732).
+
+    Raises ValueError for a rank below 1."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
+def is_linear(module):
+    """Whether a module can take an adapter: an nn.Linear, or GPT-2's Conv1D (a linear layer stored as [d_in, d_out])."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_shape(base):
+    """(d_in, d_out) of a layer that `is_linear`; ValueError for any other."""
+    if not is_linear(base):
+        raise ValueError(f"only linear layers can be adapted, got {type(base).__name__}")
+    rows, columns = base.weight.shape
+    return (columns, rows) if isinstance(base, nn.Linear) else (rows, columns)

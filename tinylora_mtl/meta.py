@@ -1,0 +1,89 @@
+r"""MeTA-LoRA: two stages, repeated. Few samples per task, and an adapter that is quick to adapt.
+
+Changes from LoRA: the layers are the same; a training step becomes a round. For each of n sampled tasks, a support
+set S_i and a query set Q_i are drawn, disjoint, from its few training samples, and then
+
+    stage 1:  θ_i ← θ;   k times:  θ_i ← θ_i - α ∇ L(S_i; θ_i)
+    stage 2:  g ← mean_i ∇ L(Q_i; θ_i)      taken at θ_i, applied to θ (first order);     θ ← Optimiser_β(θ, g)
+
+θ is the shared LoRA {A, B}. With k = 0 this is ordinary multi-task training.
+
+Sources: MeTA-LoRA, arXiv 2510.11598; the first-order form is MAML's, arXiv 1703.03400, section 5.2. The sizes (k, α, β,
+n, |S|, |Q|) are not known from the sources: the defaults in `train.py` are this project's choice.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from .adapters import adapter_parameters
+from .batching import label_loss
+
+
+def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
+    """Both stages for one round: the gradient g that the outer optimiser is to apply to the shared adapter.
+
+    Args:
+        model: a model with adapters, at θ.
+        episodes: [(support_batch, query_batch), ...], one pair for each of the n tasks.
+        inner_lr: α, the step size of the plain gradient descent of stage 1.
+        inner_steps: k, how many of those steps; 0 gives the plain multi-task gradient over the query sets.
+        losses: a list, if given, to which each task's (support loss before, support loss after, query loss) is added
+            as tensors; the middle one costs a forward pass, so it is for steps that are logged.
+
+    Returns {parameter name: g, of the parameter's shape}. Every parameter is as it was, no `.grad` is touched, and
+    stage 1 draws its random numbers (dropout) aside, so the random state is as if there had been only stage 2. Tasks
+    come one after another and no step is differentiated through, so memory does not grow with n or k.
+    Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.
+    """
+    parameters = adapter_parameters(model)
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for support, query in episodes:
+        with adapted_to(model, support, inner_lr, inner_steps) as before:
+            after = support_loss(model, support) if losses is not None else None
+            loss = label_loss(model, query)  # a forward pass at θ_i
+            for sum_, gradient in zip(total.values(), gradients(loss, parameters)):
+                sum_ += gradient / len(episodes)
+        if losses is not None:
+            losses.append((before if before is not None else after, after, loss.detach()))
+    return total
+
+
+@contextmanager
+def adapted_to(model, support, inner_lr, inner_steps):
+    """Stage 1: within the block the adapter is θ_i, adapted to a task's support batch; after it, θ again.
+
+    Yields the support loss before the first step (None without steps).
+    """
+    parameters = adapter_parameters(model)
+    shared = [parameter.detach().clone() for parameter in parameters.values()]  # θ
+    before = None
+    try:
+        with torch.random.fork_rng():
+            for _ in range(inner_steps):
+                loss = label_loss(model, support)
+                before = loss.detach() if before is None else before
+                inner_step(parameters.values(), gradients(loss, parameters), inner_lr)
+        yield before
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters.values(), shared):
+                parameter.copy_(value)
+
+
+@torch.no_grad()
+def inner_step(parameters, gradients, inner_lr):
+    """θ_i ← θ_i - α ∇ L(S_i; θ_i), in place: plain gradient descent, no momentum, no state."""
+    for parameter, gradient in zip(parameters, gradients):
+        parameter -= inner_lr * gradient
+
+
+def gradients(loss, parameters):
+    """∇ loss for {name: parameter}, in that order; zeros for a parameter that the loss does not reach."""
+    return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+
+
+def support_loss(model, support):
+    """The loss on a batch, for the log: no gradient, and no random number used up."""
+    with torch.no_grad(), torch.random.fork_rng():
+        return label_loss(model, support)

@@ -1,0 +1,239 @@
+"""The embedded tasks: eight after BIG-Bench Hard, and five languages. Everything is generated from a seed.
+
+A task is two functions. The first draws an abstract *problem*; the second puts it into words, as a prompt and its
+answer. They are apart because the embedded model has met the same problems during pre-training in other, symbolic
+notations (`pretrain.py`): the skill is in the model, the wording is what an adapter has to teach.
+
+    >>> rng = random.Random(0)
+    >>> word_sorting(rng, 3)
+    (['pear', 'hen', 'gown'], 'gown hen pear')
+    >>> in_words("word_sorting", (["pear", "hen", "gown"], "gown hen pear"))
+    ('Sort the following words alphabetically: pear hen gown. Answer:', 'gown hen pear')
+
+Source of the task ideas: BIG-Bench Hard, arXiv 2210.09261. The wordings and generators are this project's own.
+"""
+
+import random
+
+NAMES = "Ann Ben Cal Dan Eve Fay Gus Ian Joe Kim Lea Max".split()
+HOLDERS = "Alice Bob Claire".split()
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+           "seventeen eighteen nineteen twenty").split()
+CATEGORIES = {
+    "animals": "cats dogs pigs cows goats ducks geese mice".split(),
+    "fruits": "pears plums figs limes grapes melons kiwis dates".split(),
+    "tools": "saws drills files axes spades rakes clamps nails".split(),
+}
+WORDS = ("ant axe bag bell bird boat book bowl cake card coat coin cup desk door drum egg fan fish flag fork gate "
+         "glove gown hat hen ink jar key kite lamp leaf map mug nest oar pan pear pen ring rope sock tent vase").split()
+BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
+MOVES = {"forward": (0, 1), "backward": (0, -1), "right": (1, 0), "left": (-1, 0)}  # you always face forward
+
+
+# ----------------------------------------------------------------------------------------------------- the problems
+def boolean_expressions(rng, size):
+    """An expression of `size` truth values: (['not', '(', 'True', 'and', 'False', ')'], True)."""
+    if size == 1:
+        value = rng.random() < 0.5
+        return ([str(value)], value) if rng.random() < 0.6 else (["not", str(value)], not value)
+    split = rng.randint(1, size - 1)
+    (left, a), (right, b) = boolean_expressions(rng, split), boolean_expressions(rng, size - split)
+    operator = rng.choice(["and", "or"])
+    tokens, value = ["(", *left, operator, *right, ")"], (a and b if operator == "and" else a or b)
+    return (["not", *tokens], not value) if rng.random() < 0.15 else (tokens, value)
+
+
+def multistep_arithmetic(rng, size):
+    """An expression of `size` numbers, no result below 0 or above 99: (['(', '3', '+', '4', ')', '*', '2'], 14)."""
+    if size == 1:
+        value = rng.randint(1, 6)
+        return [str(value)], value
+    while True:
+        split = rng.randint(1, size - 1)
+        (left, a), (right, b) = multistep_arithmetic(rng, split), multistep_arithmetic(rng, size - split)
+        operator = rng.choice("++--*")
+        value = a + b if operator == "+" else a - b if operator == "-" else a * b
+        if 0 <= value <= 99:
+            left, right = (["(", *part, ")"] if len(part) > 1 else part for part in (left, right))
+            return [*left, operator, *right], value
+
+
+def word_sorting(rng, size):
+    """`size` words, and the same in alphabetical order: (['pear', 'hen', 'gown'], 'gown hen pear')."""
+    words = rng.sample(WORDS, size)
+    return words, " ".join(sorted(words))
+
+
+def dyck_languages(rng, size):
+    """`size` brackets of which one to four are still open, and what closes them: (['(', '[', '<', '>'], '] )')."""
+    while True:
+        sequence, still_open = [], []
+        for _ in range(size):
+            if still_open and rng.random() < 0.45:
+                sequence.append(BRACKETS[still_open.pop()])
+            else:
+                still_open.append(rng.choice(list(BRACKETS)))
+                sequence.append(still_open[-1])
+        if 1 <= len(still_open) <= 4:
+            return sequence, " ".join(BRACKETS[bracket] for bracket in reversed(still_open))
+
+
+def object_counting(rng, size):
+    """`size` kinds of things with their numbers, a category, and how many are in it:
+    ([(2, 'cats'), (3, 'saws'), (4, 'dogs')], 'animals', 6)."""
+    category = rng.choice(list(CATEGORIES))
+    inside = rng.sample(CATEGORIES[category], rng.randint(1, min(size, 3)))
+    others = [thing for name, things in CATEGORIES.items() if name != category for thing in things]
+    things = inside + rng.sample(others, size - len(inside))
+    rng.shuffle(things)
+    groups = [(rng.randint(2, 5), thing) for thing in things]
+    return groups, category, sum(number for number, thing in groups if thing in inside)
+
+
+def navigate(rng, size):
+    """`size` moves, and whether they end where they began: ([('left', 2), ('forward', 1), ('right', 2)], False)."""
+    moves = [(rng.choice(list(MOVES)), rng.randint(1, 4)) for _ in range(size)]
+    if size > 1 and rng.random() < 0.5:  # half of the walks come home
+        while net_displacement(moves) != (0, 0):
+            moves = [(rng.choice(list(MOVES)), rng.randint(1, 4)) for _ in range(size)]
+    return moves, net_displacement(moves) == (0, 0)
+
+
+def net_displacement(moves):
+    """Where a list of moves ends, seen from its start: (steps to the right, steps forward)."""
+    return tuple(sum(MOVES[direction][axis] * steps for direction, steps in moves) for axis in (0, 1))
+
+
+def web_of_lies(rng, size):
+    """The first of `size` people is honest or not; each later one speaks of the one before. Is the last one honest?
+    ([('Ann', False), ('Ben', False)], True): Ann lies. Ben says Ann lies. Ben tells the truth."""
+    people = [(name, rng.random() < 0.5) for name in rng.sample(NAMES, size)]
+    honest = people[0][1]
+    for _, says_honest in people[1:]:
+        honest = honest == says_honest
+    return people, honest
+
+
+def tracking_shuffled_objects(rng, size):
+    """Alice, Bob and Claire hold a thing each and swap `size` times. What does one of them hold in the end?
+    ([('Alice', 'cup'), ('Bob', 'hat'), ('Claire', 'map')], [('Alice', 'Bob')], 'Alice', 'hat')."""
+    start = list(zip(HOLDERS, rng.sample(WORDS, 3)))
+    swaps = [tuple(rng.sample([name for name, _ in start], 2)) for _ in range(size)]
+    asked = rng.choice(start)[0]
+    return start, swaps, asked, holdings(start, swaps)[asked]
+
+
+def holdings(start, swaps):
+    """Who holds what after the swaps, as {name: thing}."""
+    held = dict(start)
+    for first, second in swaps:
+        held[first], held[second] = held[second], held[first]
+    return held
+
+
+# -------------------------------------------------------------------------------------------------- put into words
+SKILLS = {  # name: (problem, the sizes drawn for the worded task)
+    "boolean_expressions": (boolean_expressions, (2, 3, 4)),
+    "word_sorting": (word_sorting, (3, 4, 5)),
+    "dyck_languages": (dyck_languages, (4, 5, 6, 7, 8)),
+    "object_counting": (object_counting, (2, 3)),
+    "navigate": (navigate, (2, 3)),
+    "web_of_lies": (web_of_lies, (3, 4)),
+    "tracking_shuffled_objects": (tracking_shuffled_objects, (1, 2)),
+    "multistep_arithmetic": (multistep_arithmetic, (2, 3)),
+}
+
+
+def in_words(name, problem):
+    """The problem of task `name` as (prompt, answer). Every prompt ends in a cue, so that where it ends is known."""
+    if name == "boolean_expressions":
+        tokens, value = problem
+        prompt, answer = f"Evaluate the truth of this statement: {' '.join(tokens)}.", str(value)
+    elif name == "word_sorting":
+        words, answer = problem
+        prompt = f"Sort the following words alphabetically: {' '.join(words)}."
+    elif name == "dyck_languages":
+        sequence, answer = problem
+        prompt = f"Complete the rest so that all brackets close properly: {' '.join(sequence)}"
+    elif name == "object_counting":
+        groups, category, total = problem
+        listed = ", ".join(f"{NUMBERS[number]} {thing}" for number, thing in groups)
+        prompt, answer = f"I have {listed}. How many {category} do I have?", str(total)
+    elif name == "navigate":
+        moves, home = problem
+        walk = " ".join(f"Take {NUMBERS[steps]} step{'s' * (steps > 1)} {direction}." for direction, steps in moves)
+        prompt, answer = f"{walk} Do you return to the starting point?", "Yes" if home else "No"
+    elif name == "web_of_lies":
+        people, honest = problem
+        words = ["tells the truth" if says_honest else "lies" for _, says_honest in people]
+        said = "".join(f" {people[i][0]} says {people[i - 1][0]} {words[i]}." for i in range(1, len(people)))
+        prompt = f"{people[0][0]} {words[0]}.{said} Does {people[-1][0]} tell the truth?"
+        answer = "Yes" if honest else "No"
+    elif name == "tracking_shuffled_objects":
+        start, swaps, asked, answer = problem
+        first = ", ".join(f"{name} has the {thing}" for name, thing in start)
+        then = " ".join(f"{a} and {b} trade." for a, b in swaps)
+        prompt = f"At first {first}. {then} At the end, what does {asked} have?"
+    else:
+        tokens, value = problem
+        words = {"+": "plus", "-": "minus", "*": "times"}
+        spoken = " ".join(NUMBERS[int(token)] if token.isdigit() else words.get(token, token) for token in tokens)
+        prompt, answer = f"Compute the result of {spoken}.", str(value)
+    return f"{prompt} Answer:", answer
+
+
+# ------------------------------------------------------------------------------------------------- five languages
+LANGUAGES = {
+    "english": NUMBERS,
+    "german": ("null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
+               "siebzehn achtzehn neunzehn zwanzig").split(),
+    "french": ("zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
+               "dix-huit dix-neuf vingt").split(),
+    "spanish": ("cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
+                "diecisiete dieciocho diecinueve veinte").split(),
+    "italian": ("zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici "
+                "sedici diciassette diciotto diciannove venti").split(),
+}
+PHRASES = {  # sum, difference, successor, larger of two
+    "english": ("How much is {} plus {}? Answer:", "How much is {} minus {}? Answer:",
+                "Which number follows {}? Answer:", "Which is larger, {} or {}? Answer:"),
+    "german": ("Wie viel ist {} plus {}? Antwort:", "Wie viel ist {} minus {}? Antwort:",
+               "Welche Zahl folgt auf {}? Antwort:", "Was ist größer, {} oder {}? Antwort:"),
+    "french": ("Combien font {} plus {} ? Réponse :", "Combien font {} moins {} ? Réponse :",
+               "Quel nombre suit {} ? Réponse :", "Quel est le plus grand, {} ou {} ? Réponse :"),
+    "spanish": ("¿Cuánto es {} más {}? Respuesta:", "¿Cuánto es {} menos {}? Respuesta:",
+                "¿Qué número sigue a {}? Respuesta:", "¿Cuál es mayor, {} o {}? Respuesta:"),
+    "italian": ("Quanto fa {} più {}? Risposta:", "Quanto fa {} meno {}? Risposta:",
+                "Quale numero segue {}? Risposta:", "Qual è maggiore, {} o {}? Risposta:"),
+}
+
+
+def number_problem(rng):
+    """A question about numbers from 0 to 20: (kind, operands, answer), say ('sum', (3, 4), 7)."""
+    kind = rng.choice(["sum", "difference", "larger", "sum", "difference", "larger", "successor"])
+    if kind == "successor":
+        number = rng.randint(0, 19)
+        return kind, (number,), number + 1
+    a, b = rng.sample(range(21), 2)
+    if kind == "sum":
+        a, b = min(a, b), rng.randint(0, 20 - min(a, b))
+        return kind, (a, b), a + b
+    if kind == "difference":
+        return kind, (max(a, b), min(a, b)), abs(a - b)
+    return kind, (a, b), max(a, b)
+
+
+def in_language(language, problem):
+    """The number problem in a language: ('Wie viel ist drei plus vier? Antwort:', 'sieben')."""
+    kind, operands, answer = problem
+    phrase = PHRASES[language][["sum", "difference", "successor", "larger"].index(kind)]
+    words = LANGUAGES[language]
+    return phrase.format(*(words[number] for number in operands)), words[answer]
+
+
+def worded_sample(name, rng):
+    """One (prompt, answer) of an embedded task, by name: one of SKILLS or of LANGUAGES."""
+    if name in LANGUAGES:
+        return in_language(name, number_problem(rng))
+    problem, sizes = SKILLS[name]
+    return in_words(name, problem(rng, rng.choice(sizes)))

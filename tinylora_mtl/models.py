@@ -1,0 +1,35 @@
+"""The model and its tokenizer: the embedded one, or a folder in Hugging Face format."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MINI = Path(__file__).parent / "assets" / "mini"
+
+
+def load_model(name, device="auto"):
+    """(model, tokenizer, device) for "mini", the embedded model, or a local folder in Hugging Face format.
+
+    device: a torch device, or "auto": CUDA, then Apple's MPS, then the CPU. Raises ValueError for what is not there.
+    """
+    folder = MINI if name == "mini" else Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"unknown model {name!r}; there are: mini, or a local folder in Hugging Face format")
+    device = pick_device(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    return model, tokenizer, device
+
+
+def pick_device(device):
+    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros((), device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
+        raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error
