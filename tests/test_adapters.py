@@ -47,6 +47,16 @@ def test_step_zero_equals_the_base_and_removing_gives_it_back_bit_for_bit(llama,
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_adapters_take_the_mode_of_their_layer(llama, method):
+    """from_pretrained returns a model in evaluation mode; its adapters must not drop anything then."""
+    before = llama(IDS).logits
+    add_adapters(llama, config_for(method, dropout=0.5))
+    torch.testing.assert_close(llama(IDS).logits, before, atol=1e-6, rtol=0)
+    remove_adapters(llama)
+    assert all(adapter.training for adapter in add_adapters(llama.train(), config_for(method)).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_adapters_train(llama, method):
     adapters = add_adapters(llama, config_for(method))
     assert len(adapters) == 2 * 3  # gate, up and down projections of two layers
@@ -96,6 +106,15 @@ def test_merged_equals_adapted(llama, method):
     assert not any("lora" in name for name, _ in llama.named_modules())
     merge_adapters(llama)  # nothing left to merge: nothing changes
     torch.testing.assert_close(logits(llama), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_a_tied_weight_is_refused():
+    model = make_llama(tie_word_embeddings=True)
+    add_adapters(model, config_for("lora", targets=("lm_head",)))
+    before = state(model)
+    with pytest.raises(ValueError, match="lm_head is used in a second place"):
+        merge_adapters(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["hydralora", "rlora"])
@@ -169,8 +188,8 @@ def corrupt(kind, config, weights):
         save_file(tensors | {key: torch.zeros(2, 2)}, weights)
         return rf"{key} has shape \[2, 2\], not"
     if kind == "missing":
-        save_file({k: v for k, v in tensors.items() if k != "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"},
-                  weights)
+        tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+        save_file(tensors, weights)
         return "up_proj.lora_B.weight is missing"
     if kind == "extra":
         save_file(tensors | {"more": torch.zeros(2)}, weights)
@@ -191,7 +210,7 @@ def test_a_bad_adapter_folder_is_refused_and_the_model_left_alone(tmp_path, kind
 
 
 def test_adding_twice_and_saving_nothing_are_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="no adapters"):
+    with pytest.raises(ValueError, match="no adapters to save"):
         save_adapter(llama, tmp_path)
     add_adapters(llama, config_for("lora"))
     with pytest.raises(ValueError, match="already has adapters"):

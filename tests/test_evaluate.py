@@ -61,7 +61,7 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
     config = TrainConfig(tasks=("word_sorting",), method="lora", steps=30, batch_size=16, out=str(tmp_path / "run"),
                          device="cpu", split="validation")
     results = train.main(config)
-    assert evaluate.main(["--run", str(tmp_path / "run"), "--split", "validation"]) == results["after"]
+    assert evaluate.main(["--run", str(tmp_path / "run")]) == results["after"]  # on the run's own split
     folder = ["--adapter", str(tmp_path / "run" / "adapter"), "--tasks", "word_sorting", "--split", "validation"]
     assert evaluate.main(folder) == results["after"] != results["before"]
     capsys.readouterr()
@@ -73,7 +73,9 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
 @pytest.mark.parametrize("flags,message", [
     (["--run", "nowhere"], "nowhere is not a run folder: it has no config.json"),
     (["--adapter", "nowhere"], "nowhere is not an adapter folder: it has no adapter_config.json"),
-    (["--tasks", "x"], "unknown task 'x'"), (["--split", "x"], "invalid choice: 'x'"), (["--show", "x"], "invalid int")])
+    (["--tasks", "x"], "unknown task 'x'"), (["--split", "x"], "invalid choice: 'x'"),
+    (["--show", "x"], "invalid int"), (["--show", "-1"], "--show at least 0"),
+    (["--max-length", "-5"], "--max-length must be at least 1")])
 def test_bad_input(capsys, flags, message):
     from tinylora_mtl.cli import run_command
     with pytest.raises(SystemExit) as stopped:

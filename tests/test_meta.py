@@ -10,7 +10,8 @@ from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, meta_g
 from tinylora_mtl.batching import label_loss
 from tinylora_mtl.meta import adapted_to
 
-EPISODES = [(make_batch(seed=10 + t, tasks=(t,), each=3), make_batch(seed=20 + t, tasks=(t,), each=4)) for t in range(3)]
+EPISODES = [(make_batch(seed=10 + t, tasks=(t,), each=3), make_batch(seed=20 + t, tasks=(t,), each=4))
+            for t in range(3)]
 
 
 def adapted(dropout=0.0):
@@ -50,7 +51,8 @@ def test_no_inner_steps_is_ordinary_multi_task_training():
     model = adapted()
     loss = sum(label_loss(model, query) for _, query in EPISODES) / len(EPISODES)
     plain = torch.autograd.grad(loss, list(adapter_parameters(model).values()))
-    torch.testing.assert_close(list(meta_gradients(model, EPISODES, 0.5, 0).values()), list(plain), atol=1e-6, rtol=1e-4)
+    ours = list(meta_gradients(model, EPISODES, 0.5, 0).values())
+    torch.testing.assert_close(ours, list(plain), atol=1e-6, rtol=1e-4)
 
 
 def test_the_shared_adapter_is_untouched():

@@ -61,7 +61,7 @@ def test_same_dropout_place_as_peft():
                                                          target_modules=["model.layers.1.mlp.down_proj"]))
     randomize_adapters(ours)
     with torch.no_grad():
-        for (_, a), b in zip(adapter_parameters(ours).items(), [p for n, p in theirs.named_parameters() if "lora_" in n]):
+        for a, b in zip(adapter_parameters(ours).values(), [p for n, p in theirs.named_parameters() if "lora_" in n]):
             b.copy_(a)
     outputs = []
     for model in (ours, theirs):

@@ -29,7 +29,8 @@ def solve(name, prompt):
         return str(sum(NUMBERS.index(n) for n, thing in re.findall(r"(\w+) (\w+)[,.]", prompt) if thing in wanted))
     if name == "navigate":
         moves = re.findall(r"Take (\w+) steps? (\w+)", prompt)
-        total = {d: sum(NUMBERS.index(n) for n, way in moves if way == d) for d in ("left", "right", "forward", "backward")}
+        total = {goal: sum(NUMBERS.index(n) for n, way in moves if way == goal)
+                 for goal in ("left", "right", "forward", "backward")}
         return "Yes" if total["left"] == total["right"] and total["forward"] == total["backward"] else "No"
     if name == "web_of_lies":
         truth = {}

@@ -136,6 +136,8 @@ BAD = {  # flags: what the one line must say
     "--steps many": "invalid int value: 'many'",
     "--batch-size 0": "--batch-size must be at least 1, got 0",
     "--batch-size 7": "--batch-size 7 cannot hold 8 tasks",
+    "--batch-size 15 --accumulation 12": "--batch-size 15 cannot hold 8 tasks in 12 piece",
+    "--tasks navigate": "align needs at least two tasks",
     "--lr -1": "--lr must be above 0, got -1.0",
     "--lr nan": "--lr must be above 0, got nan",
     "--dropout 1": "dropout must be at least 0 and below 1, got 1.0",
@@ -145,8 +147,9 @@ BAD = {  # flags: what the one line must say
     "--samples 501": "501 training samples are asked for, but task 'boolean_expressions' has 500",
     "--method meta --samples 20": "has 20 training samples, fewer than --support 16 plus --query 16",
     "--method meta --inner-steps -1": "--inner-steps must be at least 0, got -1",
-    "--targets c_attn": "no linear layer matches the targets .*c_attn.*; the model has: down_proj, gate_proj",
+    "--targets c_attn": "no linear layer matches the target 'c_attn'; the model has: down_proj, gate_proj",
     "--max-length 3": "max length 3",
+    "--targets q_proj typo": "no linear layer matches the target 'typo'",
     "--nonsense": "unrecognized arguments: --nonsense",
 }
 

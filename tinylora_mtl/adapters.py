@@ -8,7 +8,8 @@
     load_adapter(model, "folder")              # the same outputs as before
     merge_adapters(model)                      # plain nn.Linear, where the method allows it
 
-A model is any `torch.nn.Module` that holds linear layers. Files are in PEFT's own format: `adapter_config.json` and
+A model is any `torch.nn.Module` that holds linear layers and calls them (`nn.MultiheadAttention` reads their weights
+instead, and cannot be adapted). Cast it to its type before the adapters go in: they are float32. Files are in PEFT's own format: `adapter_config.json` and
 `adapter_model.safetensors`. PEFT loads the LoRA ones; the multi-head ones carry a type of their own.
 """
 
@@ -31,6 +32,8 @@ METHODS = {
     "mlora": {"multihead": True, "rank_stabilized": True, "dropout": 0.1, "random_init": True, "routed": False},
 }
 PAPER_TARGETS = ("gate_proj", "up_proj", "down_proj")
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "use_qalora",
+               "alora_invocation_tokens", "lora_bias")  # options of PEFT's that change what a LoRA computes
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
 
 
@@ -51,7 +54,8 @@ class AdapterConfig:
 def add_adapters(model, config):
     """Replace the targeted linear layers of a model, in place, by layers with an adapter; freeze all the rest.
 
-    The outputs do not change until the first training step. The adapters are float32 whatever the model's type.
+    In evaluation mode the outputs do not change until the first training step; in training mode, dropout on R-LoRA's
+    random heads shows at once. The adapters are float32 whatever the model's type.
     Returns {layer name: adapter}. Raises ValueError for an unknown method, targets that match no linear layer (the
     message names those there are), values out of range, and a model that already has adapters.
     """
@@ -64,7 +68,7 @@ def add_adapters(model, config):
     adapters = {name: make_adapter(model.get_submodule(name), config) for name in names}
     model.requires_grad_(False)
     for name, adapter in adapters.items():
-        replace_module(model, name, adapter)
+        replace_module(model, name, adapter.train(adapter.base.training))
     model.adapter_config, model.trainable_before_adapters = config, trainable
     return adapters
 
@@ -93,13 +97,16 @@ def target_names(model, targets):
     def matching(wanted):
         return [name for name in linear if any(name == w or name.endswith(f".{w}") for w in wanted)]
 
-    if targets is None:
-        names = matching(PAPER_TARGETS) or body
+    targets = (targets,) if isinstance(targets, str) else targets
+    if targets is None or tuple(targets) == ("all-linear",):
+        names = (matching(PAPER_TARGETS) if targets is None else []) or body
+        unmatched = [] if names else ["all-linear"]
     else:
-        names = body if targets == "all-linear" else matching([targets] if isinstance(targets, str) else targets)
-    if not names:
+        names, unmatched = matching(targets), [target for target in targets if not matching([target])]
+    if unmatched or not names:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise ValueError(f"no linear layer matches the targets {targets}; the model has: {', '.join(kinds) or 'none'}")
+        raise ValueError(f"no linear layer matches the target {', '.join(unmatched)!r}; "
+                         f"the model has: {', '.join(kinds) or 'none'}")
     return names
 
 
@@ -126,9 +133,14 @@ def merge_adapters(model):
     """Add each adapter's ΔW to its layer's weight and leave plain layers, in place: W + s · B A.
 
     Computed in float32 and rounded once to the base's type, so a bfloat16 model merges to within its own rounding.
-    Raises ValueError for routed adapters (HydraLoRA, R-LoRA), before anything is changed.
+    Raises ValueError, before anything is changed, for routed adapters (HydraLoRA, R-LoRA) and for a weight that the
+    model uses in a second place (a head tied to the embedding): that place would change with it.
     """
     adapters = find_adapters(model)
+    places = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    shared = [name for name, a in adapters.items() if sum(p is a.base.weight for p in places) > 1]
+    if shared:
+        raise ValueError(f"the weight of {shared[0]} is used in a second place of the model, which would change too")
     routed = [name for name, adapter in adapters.items() if getattr(adapter, "router", None) is not None]
     if routed:
         raise ValueError(f"{routed[0]} and {len(routed) - 1} more layers are routed: their heads are weighed anew for "
@@ -160,8 +172,8 @@ def save_adapter(model, folder):
     LoRA adapters are files of PEFT, scaling included (`r`, `lora_alpha`, `use_rslora`). ValueError without adapters.
     """
     adapters = find_adapters(model)
-    if not adapters:
-        raise ValueError("the model has no adapters to save")
+    if not adapters or not hasattr(model, "adapter_config"):
+        raise ValueError("the model has no adapters to save that add_adapters put in")
     config, first = model.adapter_config, next(iter(adapters.values()))
     multihead = isinstance(first, MultiHeadLoRALinear)
     description = {
@@ -198,15 +210,19 @@ def load_adapter(model, folder):
         kind = description["peft_type"]
         if kind not in ("LORA", "TINYLORA_MTL_MULTIHEAD"):
             raise ValueError(f"its type is {kind}, not LoRA or a multi-head adapter of this package")
-        if unsupported := [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-                           if description.get(key)]:
+        unsupported = [key for key in UNSUPPORTED if description.get(key)]
+        if description.get("init_lora_weights") not in (None, True, False, "gaussian"):
+            unsupported += ["init_lora_weights"]  # PiSSA and its kin change the base weights
+        if unsupported:
             raise ValueError(f"it uses {', '.join(unsupported)}, which this package does not have")
+        if not isinstance(description["r"], int) or not isinstance(description["lora_alpha"], (int, float)):
+            raise ValueError("r or lora_alpha is not a number")
         config = AdapterConfig(
             method="lora" if kind == "LORA" else description["method"], rank=description["r"],
-            alpha=description["lora_alpha"], dropout=description["lora_dropout"], heads=description.get("heads", 1),
+            alpha=description["lora_alpha"], dropout=description.get("lora_dropout", 0.0), heads=description.get("heads", 1),
             targets=tuple(sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in tensors
                                   if ".lora_A" in key})),
-            rank_stabilized=description["use_rslora"])
+            rank_stabilized=description.get("use_rslora", False))
         missing = [name for name in config.targets if name not in dict(model.named_modules())]
         if missing or not config.targets:
             raise ValueError(f"it is for another model: there is no layer {(missing or ['?'])[0]}")
@@ -223,7 +239,8 @@ def load_adapter(model, folder):
               if key in tensors and tensors[key].shape != p.shape]
     if wrong:
         remove_adapters(model)
-        raise ValueError(f"{folder} does not fit this model: {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{folder} does not fit this model: {wrong[0]}{more}")
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])

@@ -137,16 +137,16 @@ def alignment_gradients(model, pieces, batch, kind="kl"):
     """The alignment loss of a batch that is computed in pieces, and its gradient with respect to each piece's features.
 
     A first pass, without a graph, collects the features of all pieces, because the statistics are the whole batch's.
-    It draws its random numbers aside, so the pass that trains sees the same dropout masks.
+    Its random numbers are drawn aside (on CPU and CUDA), so the pass that trains sees the same dropout masks.
     pieces: the batch as `split_batch` cut it -> (loss, {layer name: [dL/dZ of piece 0, …]}).
     """
     collected = []
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         for piece in pieces:
-            with collect_features(model) as features:
+            with torch.no_grad(), collect_features(model) as features:
                 label_logits(model, piece)
             collected.append(features)
-    features = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
-    loss = alignment_loss(features, batch, kind)
-    gradients = torch.autograd.grad(loss, list(features.values()))
+        features = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
+        loss = alignment_loss(features, batch, kind)
+        gradients = torch.autograd.grad(loss, list(features.values()))
     return loss.detach(), {name: gradient.tensor_split(len(pieces)) for name, gradient in zip(features, gradients)}

@@ -27,14 +27,16 @@ def encode(tokenizer, sample, max_length=512):
     """(input_ids, labels), two lists of one length: prompt and target, with labels on the target only.
 
     The prompt is cut from the left where both together would pass `max_length`; the target never is. Raises
-    ValueError for an empty target and for one that leaves no room for its prompt.
+    ValueError for an empty prompt or target, and for a target that leaves no room for its prompt.
     """
     prompt, target = sample
     answer = encode_target(tokenizer, target)
     if not target.strip() or len(answer) >= max_length:
-        problem = "an empty target" if not target.strip() else f"a target of {len(answer)} tokens, max length {max_length}"
+        problem = f"a target of {len(answer)} tokens, max length {max_length}" if target.strip() else "an empty target"
         raise ValueError(f"{problem}: {prompt[-60:]!r}")
     question = encode_prompt(tokenizer, prompt, max_length - len(answer))
+    if not question:
+        raise ValueError(f"an empty prompt, before the target {target!r}")
     return question + answer, [NO_LABEL] * len(question) + answer
 
 

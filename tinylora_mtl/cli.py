@@ -5,7 +5,7 @@ import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that keeps the line breaks of its description and answers a mistake in one line, not in a page."""
+    """An ArgumentParser that keeps the lines of its description and answers a mistake in one line, not in a page."""
 
     def __init__(self, module, description):
         super().__init__(prog=f"python -m tinylora_mtl.{module}", description=description,
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command):
-    """Run a command; ValueError, OSError and FloatingPointError, which carry a message for the user, end in one line."""
+    """Run a command; ValueError, OSError and FloatingPointError carry a message for the user and end in that line."""
     try:
         command()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,7 +1,7 @@
 """Accuracy per task: python -m tinylora_mtl.evaluate --run runs/align-mini-seed0 --show 5
 
-The model writes its answer greedily, up to the first line break or end token; it is right if it equals the target,
-differences in white space aside. Without --run or --adapter the base model itself is scored.
+The model writes its answer greedily, up to the end token; its first line is right if it equals the target, differences
+in white space aside. Without --run or --adapter the base model itself is scored.
 """
 
 import json
@@ -33,7 +33,8 @@ def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
         batch = collate([(prompts[i], prompts[i]) for i in chosen], [0] * len(chosen), tokenizer.pad_token_id,
                         model.device)
         written = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # whatever the model's default
             max_new_tokens=max(room[i] for i in chosen), pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id)[:, batch["input_ids"].shape[1]:]  # [batch, new tokens]
         for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)):
@@ -74,10 +75,10 @@ def table(columns, names):
     return "\n".join(lines)
 
 
-def show(model, tokenizer, task, split, count):
+def show(model, tokenizer, task, split, count, max_length):
     """Print the first `count` samples of a task: the prompt, the model's answer, the right one."""
     samples = getattr(task, split)[:count]
-    for (prompt, target), answer in zip(samples, generate_answers(model, tokenizer, samples)):
+    for (prompt, target), answer in zip(samples, generate_answers(model, tokenizer, samples, max_length)):
         mark = "right" if is_right(answer, target) else "wrong"
         print(f"\n[{task.name}] {prompt}\n  {mark}: the model says {answer.strip()!r}, the answer is {target!r}")
 
@@ -89,9 +90,9 @@ def main(argv=None):
     parser.add_argument("--adapter", type=Path, help="an adapter folder, for use without --run")
     parser.add_argument("--model", help="the embedded model or a folder (default: the run's model, or mini)")
     parser.add_argument("--tasks", nargs="+", help="names of tasks (default: the run's tasks, or mini)")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="which samples are scored")
+    parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's, or test)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts of each task with answers")
-    parser.add_argument("--max-length", type=int, default=512, help="longer prompts are cut from the left, in tokens")
+    parser.add_argument("--max-length", type=int, help="prompts are cut to this many tokens (default: the run's, or 512)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
 
@@ -100,15 +101,18 @@ def main(argv=None):
         if not (args.run / "config.json").is_file():
             raise ValueError(f"{args.run} is not a run folder: it has no config.json")
         run = json.loads((args.run / "config.json").read_text())
+    split, max_length = args.split or run.get("split", "test"), args.max_length or run.get("max_length", 512)
+    if max_length < 1 or args.show < 0:
+        raise ValueError("--max-length must be at least 1 and --show at least 0")
     tasks = load_tasks(args.tasks or run.get("tasks", ["mini"]))
     model, tokenizer, _ = load_model(args.model or run.get("model", "mini"), args.device)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
-    scores = accuracies(model, tokenizer, tasks, args.split, args.max_length)
+    scores = accuracies(model, tokenizer, tasks, split, max_length)
     for task in tasks if args.show else []:
-        show(model, tokenizer, task, args.split, args.show)
-    print(table({f"{args.split} accuracy": scores}, list(scores)))
+        show(model, tokenizer, task, split, args.show, max_length)
+    print(table({f"{split} accuracy": scores}, list(scores)))
     return scores
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MINI = Path(__file__).parent / "assets" / "mini"
@@ -17,8 +18,13 @@ def load_model(name, device="auto"):
     if not (folder / "config.json").is_file():
         raise ValueError(f"unknown model {name!r}; there are: mini, or a local folder in Hugging Face format")
     device = pick_device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
+        raise ValueError(f"the model in {folder} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no end token, so no answer would ever end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     return model, tokenizer, device

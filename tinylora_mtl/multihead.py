@@ -40,7 +40,8 @@ class MultiHeadLoRALinear(nn.Module):
     Attributes: `lora_A` (nn.Linear d_in -> r), `heads` (Parameter [N, d_out, r]), `router` (nn.Linear d_in -> N, or
     None), all without bias and in float32 whatever the base's type, and `scaling` (s).
 
-    Whatever the start, the layer equals its base at step 0. Raises ValueError for a rank or a number of heads below
+    Whatever the start, the layer equals its base at step 0 (with random_init: in evaluation mode and to rounding, since
+    centred heads cancel only under equal masks). Raises ValueError for a rank or a number of heads below
     1, and for random_init with a single head: centred, it would be zero for ever.
     """
 

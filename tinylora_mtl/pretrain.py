@@ -1,4 +1,16 @@
-"""How `assets/mini`, the embedded base model, was made: python -m tinylora_mtl.pretrain --out FOLDER
+"""How assets/mini, the embedded base model, was made: python -m tinylora_mtl.pretrain --out FOLDER
+
+A Llama of 0.8 million parameters (5 layers, width 112, a byte-level BPE) is trained from nothing on the skills of
+`mini_tasks.py` in symbolic notations, several of them a skill and drawn at random, because a skill that was met in
+several wordings is cheap to teach in one more:
+
+    calc ( 3 add 4 ) mul 2 =                                                14
+    game Alice = cup , Bob = hat , Claire = map ; Alice ~ Bob | Alice ?     hat
+
+The worded tasks are read too, as plain text without an answer: embeddings are frozen later, so every word of them
+must have been met. What comes after their "Answer:" has never been seen, and the model answers none of them.
+
+@@RESULT@@
 """
 
 import random
@@ -14,11 +26,12 @@ from .mini_tasks import (LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net
                          worded_sample)
 
 # Sizes met in pre-training: smaller ones too, because a skill is learned from its easy cases first.
-SIZES = {"boolean_expressions": (1, 2, 2, 3, 3, 4), "word_sorting": (2, 3, 4, 5), "dyck_languages": (2, 3, 4, 5, 6, 7, 8),
-         "object_counting": (1, 2, 2, 3, 3), "navigate": (1, 2, 2, 3, 3), "web_of_lies": (1, 2, 3, 4),
-         "tracking_shuffled_objects": (0, 1, 1, 2, 2), "multistep_arithmetic": (2, 3, 3)}
-SHARES = {"boolean_expressions": 1.6, "word_sorting": 0.8, "dyck_languages": 0.9, "object_counting": 1.6, "navigate": 1.6,
-          "web_of_lies": 0.8, "tracking_shuffled_objects": 2, "multistep_arithmetic": 2, "numbers": 1.3, "text": 1.2}
+SIZES = {"boolean_expressions": (1, 2, 2, 3, 3, 4), "word_sorting": (2, 3, 4, 5),
+         "dyck_languages": (2, 3, 4, 5, 6, 7, 8), "object_counting": (1, 2, 2, 3, 3), "navigate": (1, 2, 2, 3, 3),
+         "web_of_lies": (1, 2, 3, 4), "tracking_shuffled_objects": (0, 1, 1, 2, 2), "multistep_arithmetic": (2, 3, 3)}
+SHARES = {"boolean_expressions": 1.6, "word_sorting": 0.8, "dyck_languages": 0.9, "object_counting": 1.6,
+          "navigate": 1.6, "web_of_lies": 0.8, "tracking_shuffled_objects": 2, "multistep_arithmetic": 2,
+          "numbers": 1.3, "text": 1.2}  # of the samples, relative to each other
 
 BOOLEAN_SIGNS = [("T", "F", "&", "|", "!"), ("1", "0", "*", "+", "-"), ("on", "off", "both", "any", "flip"),
                  ("t", "f", "AND", "OR", "NOT"), ("True", "False", "and", "or", "not")]
@@ -71,7 +84,8 @@ def symbolic_sample(name, rng):
         spelled = rng.random() < 0.5
         digits = [(NUMBERS[number] if spelled else str(number), thing) for number, thing in groups]
         listed = [" ".join(f"{thing} {n}" for n, thing in digits), " , ".join(f"{n} {thing}" for n, thing in digits),
-                  " + ".join(f"{n} {thing}" for n, thing in digits), " ; ".join(f"{thing} = {n}" for n, thing in digits)]
+                  " + ".join(f"{n} {thing}" for n, thing in digits),
+                  " ; ".join(f"{thing} = {n}" for n, thing in digits)]
         head = rng.choice(["count", "total", "all", "how"])
         if rng.random() < 0.5:
             return f"{head} {category} : {listed[wording]}{cue}", str(total)
@@ -82,8 +96,9 @@ def symbolic_sample(name, rng):
         right, forward = net_displacement(moves)
         names = dict(zip(MOVES, rng.choice(DIRECTION_SIGNS)))
         moves = [(way, NUMBERS[steps]) for way, steps in moves] if rng.random() < 0.5 else moves
-        walk = [" ".join(f"{names[d]} {n}" for d, n in moves), " , ".join(f"{names[d]} {n}" for d, n in moves),
-                " ; ".join(f"{n} {names[d]}" for d, n in moves), " ".join(f"{n} {names[d]} ." for d, n in moves)][wording]
+        walk = [" ".join(f"{names[way]} {n}" for way, n in moves), " , ".join(f"{names[way]} {n}" for way, n in moves),
+                " ; ".join(f"{n} {names[way]}" for way, n in moves),
+                " ".join(f"{n} {names[way]} ." for way, n in moves)][wording]
         head = rng.choice(["walk", "go", "path", "move"])
         kind = rng.random()
         if kind < 0.15:  # the sum along one axis is the step between the moves and the answer
@@ -257,7 +272,7 @@ def main(argv=None):
             model.save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
             scores = {name: skill_accuracy(model, tokenizer, rows) for name, rows in tests.items()}
-            bar.write(f"step {step}: " + ", ".join(f"{name} {score:.0%}" for name, score in scores.items()) + f' {loss:.3f}')
+            bar.write(f"step {step}: " + ", ".join(f"{name} {score:.0%}" for name, score in scores.items()))
 
 
 if __name__ == "__main__":

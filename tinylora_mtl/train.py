@@ -7,7 +7,8 @@ Read `main` first, then `train`: that is all there is.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -43,13 +44,15 @@ class TrainConfig:
     method: str = option("align", "how to train", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
-    dropout: float = option(None, "dropout of the adapters (default: lora 0, hydralora 0.05, rlora and mlora 0.1)", type=float)
+    dropout: float = option(None, "dropout of the adapters (default: lora 0, hydralora 0.05, rlora, mlora 0.1)",
+                            type=float)
     heads: int = option(5, "number of heads of hydralora, rlora and mlora")
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
     steps: int = option(300, "optimiser steps (rounds, for meta)")
     batch_size: int = option(64, "samples in a step, the same number of each task")
-    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory: same result")
+    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory; without "
+                                 "dropout the result is the same")
     lr: float = option(None, "peak learning rate (default: chosen for each method on mini, 5e-4 on other models)",
                        type=float)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
@@ -80,8 +83,8 @@ def main(config):
     """
     began = time.perf_counter()
     check(config)
-    few = 50 if config.method == "meta" and config.samples is None else config.samples
-    tasks = load_tasks(config.tasks, few, config.seed)
+    config = fill_in(config)
+    tasks = load_tasks(config.tasks, config.samples, config.seed)
     check_sizes(config, tasks)
     model, tokenizer, device = load_model(config.model, config.device)
     torch.manual_seed(config.seed)
@@ -92,7 +95,7 @@ def main(config):
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     total = sum(p.numel() for p in model.parameters())
     print(f"{config.method} on {config.model}: {len(tasks)} tasks with {min(len(t.train) for t in tasks)} or more "
-          f"training samples each,\n{config.steps} steps, learning rate {learning_rate(config):g}, on {device}; "
+          f"training samples each,\n{config.steps} steps, learning rate {config.lr:g}, on {device}; "
           f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)")
     results = {"method": config.method, "seed": config.seed, "split": config.split,
                "trainable_parameters": trainable, "total_parameters": total}
@@ -114,7 +117,7 @@ def main(config):
 def train(model, batches, tasks, config, folder):
     """The training loop: AdamW on the adapters, linear warm-up, cosine decay, clipped gradients."""
     parameters = adapter_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate(config), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     model.train()
     with open(folder / "metrics.jsonl", "w") as metrics:
@@ -133,12 +136,13 @@ def train(model, batches, tasks, config, folder):
                 names = ", ".join(tasks[task_id].name for task_id in sorted(set(task_ids.tolist())))
                 raise FloatingPointError(f"the loss is not finite at step {step}, in a batch of {names}; "
                                          "a lower --lr usually helps")
+            lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
             optimizer.step()
             schedule.step()
             # --------------------------------------------------------------------------------------
             if log:
                 numbers = {name: round(float(value), 6) for name, value in numbers.items()}
-                numbers |= {"gradient_norm": round(norm.item(), 6), "lr": schedule.get_last_lr()[0]}
+                numbers |= {"gradient_norm": round(norm.item(), 6), "lr": lr}
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
@@ -150,7 +154,7 @@ def multitask_step(model, batch, config):
 
         L = L_task (+ λ · L_align)
     Computed in `accumulation` pieces. The pieces' losses are divided by the labels of the whole batch, and the
-    alignment is that of the whole batch, so the gradient is the same for any number of pieces.
+    alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces.
     """
     pieces = split_batch(batch, config.accumulation)
     labels = (batch["labels"] != NO_LABEL).sum()
@@ -158,7 +162,7 @@ def multitask_step(model, batch, config):
     if config.method == "align" and len(pieces) > 1:
         numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, batch, config.align)
     for i, piece in enumerate(pieces):
-        with collect_features(model) as features:
+        with collect_features(model) if config.method == "align" else nullcontext() as features:
             loss = label_loss(model, piece, labels)
         numbers["loss"] += loss.detach()
         if config.method == "align":
@@ -167,7 +171,7 @@ def multitask_step(model, batch, config):
                 numbers["alignment"] = alignment.detach()
             else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
                 alignment = sum((z * gradient_pieces[name][i]).sum() for name, z in features.items())
-            loss = loss + align_weight(config) * alignment
+            loss = loss + config.align_weight * alignment
         loss.backward()
     return numbers
 
@@ -180,7 +184,7 @@ def meta_step(model, batches, config, log):
     for name, parameter in adapter_parameters(model).items():
         parameter.grad = gradients[name]
     task_ids = torch.cat([query["task_ids"] for _, query in episodes])
-    numbers = {"loss": torch.zeros(())}
+    numbers = {"loss": torch.zeros(())}  # between two log steps the gradient's norm alone tells what is not finite
     if log:
         before, after, query = torch.tensor(losses).mean(0)  # [n, 3] -> 3 means over the tasks
         numbers = {"loss": query, "support_loss_before": before, "support_loss_after": after}
@@ -201,19 +205,15 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
 def adapter_config(config):
     """The adapters of a run: Align-LoRA and MeTA-LoRA have plain LoRA layers."""
     method = config.method if config.method in LAYER_METHODS else "lora"
-    targets = config.targets or ("all-linear" if config.model == "mini" else None)
-    targets = "all-linear" if targets and "all-linear" in targets else targets
-    return AdapterConfig(method, config.rank, config.alpha, config.dropout, config.heads, targets)
+    return AdapterConfig(method, config.rank, config.alpha, config.dropout, config.heads, config.targets)
 
 
-def learning_rate(config):
-    """--lr, or what suits the method on the embedded model (chosen on validation samples), or 5e-4."""
-    return config.lr if config.lr is not None else MINI_LR[config.method] if config.model == "mini" else 5e-4
-
-
-def align_weight(config):
-    """λ: --align-weight, or the published value for the kind of alignment."""
-    return config.align_weight if config.align_weight is not None else ALIGN_WEIGHT[config.align]
+def fill_in(config):
+    """The config with every default that depends on the method or the model in its place."""
+    mini = config.model == "mini"
+    defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
+                "samples": 50 if config.method == "meta" else None, "targets": ("all-linear",) if mini else None}
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
 # ------------------------------------------------------------------------------------- before the first step
@@ -245,9 +245,11 @@ def check_sizes(config, tasks):
             if len(task.train) < config.support + config.query:
                 raise ValueError(f"task {task.name!r} has {len(task.train)} training samples, fewer than --support "
                                  f"{config.support} plus --query {config.query}")
-    elif config.batch_size < max(len(tasks), config.accumulation):
+    elif config.batch_size // len(tasks) * len(tasks) < max(len(tasks), config.accumulation):
         raise ValueError(f"--batch-size {config.batch_size} cannot hold {len(tasks)} tasks in {config.accumulation} "
-                         "piece(s); each task needs a place in every batch, and each piece a sample")
+                         "piece(s); each task needs the same number of places, and each piece a sample")
+    if config.method == "align" and len(tasks) < 2:
+        raise ValueError("align needs at least two tasks: with one there is nothing to align")
 
 
 def make_run_folder(config):
@@ -262,6 +264,8 @@ def make_run_folder(config):
         if (folder / "config.json").exists() and not config.overwrite:
             raise FileExistsError(f"{folder} already holds a run; name another --out, or add --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in ("results.json", "metrics.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        (folder / old).unlink(missing_ok=True)  # never an old result beside a new config
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     return folder
 
