@@ -27,7 +27,7 @@ from .multihead import MultiHeadLoRALinear
 # What sets the methods apart (`multihead.py` has the table); "dropout" says which of the two dropouts a method has.
 METHODS = {
     "lora": {"multihead": False, "rank_stabilized": False, "dropout": 0.0},
-    "hydralora": {"multihead": True, "rank_stabilized": False, "dropout": 0.05},
+    "hydralora": {"multihead": True, "rank_stabilized": False, "dropout": 0.0},
     "rlora": {"multihead": True, "rank_stabilized": True, "dropout": 0.1, "random_init": True},
     "mlora": {"multihead": True, "rank_stabilized": True, "dropout": 0.1, "random_init": True, "routed": False},
 }

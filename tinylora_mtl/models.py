@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 MINI = Path(__file__).parent / "assets" / "mini"
 
@@ -18,6 +19,7 @@ def load_model(name, device="auto"):
     if not (folder / "config.json").is_file():
         raise ValueError(f"unknown model {name!r}; there are: mini, or a local folder in Hugging Face format")
     device = pick_device(device)
+    logging.disable_progress_bar()  # loading is too quick for a bar of its own
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

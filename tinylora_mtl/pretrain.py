@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .cli import Parser, run_command
-from .mini_tasks import (LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement, number_problem,
+from .mini_tasks import (CATEGORIES, LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement, number_problem,
                          worded_sample)
 
 # Sizes met in pre-training: smaller ones too, because a skill is learned from its easy cases first.
@@ -32,6 +32,10 @@ SIZES = {"boolean_expressions": (1, 2, 2, 3, 3, 4), "word_sorting": (2, 3, 4, 5)
 SHARES = {"boolean_expressions": 1.6, "word_sorting": 0.8, "dyck_languages": 0.9, "object_counting": 1.6,
           "navigate": 1.6, "web_of_lies": 0.8, "tracking_shuffled_objects": 2, "multistep_arithmetic": 2,
           "numbers": 1.3, "text": 1.2}  # of the samples, relative to each other
+STAGES = [  # after the first, the model adds up without fail but does not know every thing's category: the second
+    {"steps": 10_000, "lr": 2.5e-3, "shares": SHARES},  # asks for categories by themselves
+    {"steps": 2_000, "lr": 1e-3, "shares": SHARES | {"kinds": 1.0, "object_counting": 2.4}},
+]
 
 BOOLEAN_SIGNS = [("T", "F", "&", "|", "!"), ("1", "0", "*", "+", "-"), ("on", "off", "both", "any", "flip"),
                  ("t", "f", "AND", "OR", "NOT"), ("True", "False", "and", "or", "not")]
@@ -47,6 +51,8 @@ def symbolic_sample(name, rng):
     """One (prompt, answer) of a skill in a randomly chosen symbolic notation."""
     if name == "numbers":
         return number_sample(rng)
+    if name == "kinds":
+        return kinds_sample(rng)
     problem, _ = SKILLS[name]
     parts = problem(rng, rng.choice(SIZES[name]))
     cue, wording = rng.choice(CUES), rng.randrange(4)
@@ -152,6 +158,13 @@ def number_sample(rng):
     return f"{kind} {' , '.join(shown)} | {language}{cue}", words[answer]
 
 
+def kinds_sample(rng):
+    """The categories of some things: ('kinds cats saws dogs =', 'animals tools animals')."""
+    kinds = {thing: category for category, things in CATEGORIES.items() for thing in things}
+    things = rng.sample(list(kinds), rng.randint(1, 4))
+    return f"kinds {' '.join(things)}{rng.choice(CUES)}", " ".join(kinds[thing] for thing in things)
+
+
 def text_sample(rng):
     """Plain text to read, no question answered: the worded prompts, number words in order, the answer words."""
     kind = rng.random()
@@ -167,9 +180,9 @@ def text_sample(rng):
                        "Answer: True", "Answer: False", " ".join(rng.sample(WORDS, 5))])
 
 
-def draw(rng):
+def draw(rng, shares=SHARES):
     """One training sample (prompt, answer); the answer of a text is None."""
-    name = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    name = rng.choices(list(shares), weights=list(shares.values()))[0]
     return (text_sample(rng), None) if name == "text" else symbolic_sample(name, rng)
 
 
@@ -226,13 +239,32 @@ def skill_accuracy(model, tokenizer, samples):
     return right / len(samples)
 
 
+def train_stage(model, tokenizer, stage, batch_size, rng):
+    """AdamW for the steps of one of STAGES, the learning rate linear up and linear down."""
+    steps = stage["steps"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage["lr"], betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 300, max(0.01, (steps - step) / max(steps - 300, 1))))
+    for _ in tqdm(range(steps), desc="pretrain", ncols=80):
+        # four pieces of like length: little padding, and the same gradient
+        samples = sorted((draw(rng, stage["shares"]) for _ in range(batch_size)), key=lambda sample: len(sample[0]))
+        quarter = batch_size // 4
+        pieces = [batch_of(samples[start:start + quarter], tokenizer) for start in range(0, batch_size, quarter)]
+        total = sum(weights[:, 1:].sum() for _, weights in pieces)
+        optimizer.zero_grad()
+        for ids, weights in pieces:
+            (weighted_loss(model, ids, weights) / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
 def main(argv=None):
-    """Make the tokenizer, train the model, save both, print each skill's accuracy every 500 steps."""
+    """Make the tokenizer, train the model stage by stage, save both, print each skill's accuracy."""
     parser = Parser("pretrain", __doc__)
     parser.add_argument("--out", default="runs/pretrained", help="folder for the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of each stage, to try the recipe (default: as in STAGES)")
     parser.add_argument("--batch-size", type=int, default=128, help="samples in a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seeds the samples and the weights (default: %(default)s)")
     args = parser.parse_args(argv)
 
@@ -248,31 +280,17 @@ def main(argv=None):
     for layer in model.model.layers:  # heads that look at a place whatever stands there are found sooner from here
         torch.nn.init.normal_(layer.self_attn.q_proj.bias)
         torch.nn.init.normal_(layer.self_attn.k_proj.bias)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 300, max(0.01, (args.steps - step) / max(args.steps - 300, 1))))  # linear up, linear down
     unseen = random.Random(args.seed + 1)
     tests = {name: [symbolic_sample(name, unseen) for _ in range(256)] for name in SHARES if name != "text"}
     tests["the worded tasks"] = [worded_sample(name, unseen) for name in SKILLS for _ in range(64)]
 
-    for step in (bar := tqdm(range(1, args.steps + 1), desc="pretrain", ncols=80)):
-        # four pieces of like length: little padding, and the same gradient
-        samples = sorted((draw(rng) for _ in range(args.batch_size)), key=lambda sample: len(sample[0]))
-        quarter = args.batch_size // 4
-        pieces = [batch_of(samples[start:start + quarter], tokenizer) for start in range(0, args.batch_size, quarter)]
-        total = sum(weights[:, 1:].sum() for _, weights in pieces)
-        optimizer.zero_grad()
-        for ids, weights in pieces:
-            loss = weighted_loss(model, ids, weights) / total
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 500 == 0 or step == args.steps:
-            model.save_pretrained(args.out)
-            tokenizer.save_pretrained(args.out)
-            scores = {name: skill_accuracy(model, tokenizer, rows) for name, rows in tests.items()}
-            bar.write(f"step {step}: " + ", ".join(f"{name} {score:.0%}" for name, score in scores.items()))
+    for number, stage in enumerate(STAGES):
+        stage = stage | ({"steps": args.steps} if args.steps else {})
+        train_stage(model, tokenizer, stage, args.batch_size, rng if number == 0 else random.Random(args.seed + 2))
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+        scores = {name: skill_accuracy(model, tokenizer, rows) for name, rows in tests.items()}
+        print(", ".join(f"{name} {score:.0%}" for name, score in scores.items()))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .models import load_model
 from .tasks import load_tasks
 
 METHODS = [*LAYER_METHODS, "align", "meta"]  # the last two train plain LoRA layers, each in its own way
-MINI_LR = {"lora": 1e-2, "hydralora": 1e-2, "rlora": 3e-3, "mlora": 3e-3, "align": 1e-2, "meta": 5e-3}
+MINI_LR = {"lora": 5e-3, "hydralora": 5e-3, "rlora": 5e-3, "mlora": 2e-3, "align": 5e-3, "meta": 5e-3}
 ALIGN_WEIGHT = {"kl": 0.2, "mmd": 0.01}  # λ as in the authors' script (KL) and as reported for the paper (MMD)
 
 
@@ -44,7 +44,7 @@ class TrainConfig:
     method: str = option("align", "how to train", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
-    dropout: float = option(None, "dropout of the adapters (default: lora 0, hydralora 0.05, rlora, mlora 0.1)",
+    dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)",
                             type=float)
     heads: int = option(5, "number of heads of hydralora, rlora and mlora")
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
