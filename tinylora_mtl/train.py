@@ -94,9 +94,11 @@ def main(config):
 
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     total = sum(p.numel() for p in model.parameters())
-    print(f"{config.method} on {config.model}: {len(tasks)} tasks with {min(len(t.train) for t in tasks)} or more "
-          f"training samples each,\n{config.steps} steps, learning rate {config.lr:g}, on {device}; "
-          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)")
+    sizes = [len(task.train) for task in tasks]
+    span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
+          f"{config.steps} steps at a learning rate of {config.lr:g}, on {device}\n"
+          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
     results = {"method": config.method, "seed": config.seed, "split": config.split,
                "trainable_parameters": trainable, "total_parameters": total}
     columns = {"before": accuracies(model, tokenizer, tasks, config.split, config.max_length)}
@@ -110,7 +112,7 @@ def main(config):
     results["seconds"] = round(time.perf_counter() - began, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table({name.replace("_", " "): column for name, column in columns.items()}, [task.name for task in tasks]))
-    print(f"{config.split} accuracy; {results['seconds']:.0f} s in all; the run is in {folder}")
+    print(f"{config.split} accuracy; {results['seconds']:.0f} s in all; the run is in\n{folder}")
     return results
 
 
