@@ -1,10 +1,12 @@
 """The embedded tasks: seeded, disjoint, and their answers recomputed from the prompt alone."""
 
+import doctest
 import random
 import re
 
 import pytest
 
+from tinylora_mtl import mini_tasks
 from tinylora_mtl.mini_tasks import LANGUAGES, NUMBERS, PHRASES, SKILLS, CATEGORIES, worded_sample
 from tinylora_mtl.tasks import TASK_SETS, embedded_task, load_tasks
 
@@ -113,3 +115,8 @@ def test_fewer_samples_are_drawn_with_the_seed_and_tests_stay():
 def test_bad_tasks(names, samples, message):
     with pytest.raises(ValueError, match=message):
         load_tasks(names, samples)
+
+
+def test_the_worked_example_of_the_module():
+    result = doctest.testmod(mini_tasks)
+    assert result.attempted >= 3 and result.failed == 0

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .lora import LoRALinear, is_linear, linear_shape
+from .lora import LoRALinear, is_linear
 from .multihead import MultiHeadLoRALinear
 
 # What sets the methods apart (`multihead.py` has the table); "dropout" says which of the two dropouts a method has.

@@ -4,16 +4,15 @@ A task is two functions. The first draws an abstract *problem*; the second puts 
 answer. They are apart because the embedded model has met the same problems during pre-training in other, symbolic
 notations (`pretrain.py`): the skill is in the model, the wording is what an adapter has to teach.
 
-    >>> rng = random.Random(0)
-    >>> word_sorting(rng, 3)
-    (['pear', 'hen', 'gown'], 'gown hen pear')
-    >>> in_words("word_sorting", (["pear", "hen", "gown"], "gown hen pear"))
-    ('Sort the following words alphabetically: pear hen gown. Answer:', 'gown hen pear')
+    >>> import random
+    >>> problem = word_sorting(random.Random(0), 3)
+    >>> problem
+    (['hat', 'ink', 'bag'], 'bag hat ink')
+    >>> in_words("word_sorting", problem)
+    ('Sort the following words alphabetically: hat ink bag. Answer:', 'bag hat ink')
 
 Source of the task ideas: BIG-Bench Hard, arXiv 2210.09261. The wordings and generators are this project's own.
 """
-
-import random
 
 NAMES = "Ann Ben Cal Dan Eve Fay Gus Ian Joe Kim Lea Max".split()
 HOLDERS = "Alice Bob Claire".split()
