@@ -219,7 +219,8 @@ def load_adapter(model, folder):
             raise ValueError("r or lora_alpha is not a number")
         config = AdapterConfig(
             method="lora" if kind == "LORA" else description["method"], rank=description["r"],
-            alpha=description["lora_alpha"], dropout=description.get("lora_dropout", 0.0), heads=description.get("heads", 1),
+            alpha=description["lora_alpha"], dropout=description.get("lora_dropout", 0.0),
+            heads=description.get("heads", 1),
             targets=tuple(sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in tensors
                                   if ".lora_A" in key})),
             rank_stabilized=description.get("use_rslora", False))

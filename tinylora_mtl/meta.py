@@ -42,8 +42,8 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         with adapted_to(model, support, inner_lr, inner_steps) as before:
             after = support_loss(model, support) if losses is not None else None
             loss = label_loss(model, query)  # a forward pass at θ_i
-            for sum_, gradient in zip(total.values(), gradients(loss, parameters)):
-                sum_ += gradient / len(episodes)
+            for g, gradient in zip(total.values(), gradients(loss, parameters)):
+                g += gradient / len(episodes)  # g ← mean_i ∇ L(Q_i; θ_i)
         if losses is not None:
             losses.append((before if before is not None else after, after, loss.detach()))
     return total

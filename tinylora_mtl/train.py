@@ -44,8 +44,7 @@ class TrainConfig:
     method: str = option("align", "how to train", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
-    dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)",
-                            type=float)
+    dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)", type=float)
     heads: int = option(5, "number of heads of hydralora, rlora and mlora")
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
