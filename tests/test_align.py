@@ -6,7 +6,7 @@ from conftest import make_batch, make_llama, randomize_adapters
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, kl_alignment, mmd_alignment
 from tinylora_mtl.align import (MMD_BANDWIDTHS, VARIANCE_FLOOR, alignment_loss, collect_features, group_by_task,
-                                kl_all_pairs)
+                                kl_all_pairs, owners, real_tokens)
 from tinylora_mtl.batching import label_loss, split_batch
 from tinylora_mtl.train import TrainConfig, multitask_step
 
@@ -142,9 +142,10 @@ def test_groups_follow_task_ids_and_leave_padding_out(batch):
     z = torch.randn(6, 9, 3, requires_grad=True)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = {key: tensor[order] for key, tensor in batch.items()}
-    for ours, theirs in zip(group_by_task(z, batch), group_by_task(z[order], shuffled)):
+    ours, theirs = (group_by_task(real_tokens(*pair), owners(pair[1])) for pair in [(z, batch), (z[order], shuffled)])
+    for ours, theirs in zip(ours, theirs):
         assert sorted(ours.tolist()) == sorted(theirs.tolist())
-    assert [len(group) for group in group_by_task(z, batch)] == [9 + 8, 7 + 6, 9 + 8]
+    assert [len(group) for group in group_by_task(real_tokens(z, batch), owners(batch))] == [9 + 8, 7 + 6, 9 + 8]
     padded = {"attention_mask": torch.cat([torch.zeros(6, 20, dtype=int), batch["attention_mask"]], 1),
               "task_ids": batch["task_ids"]}
     with_padding = torch.cat([torch.full((6, 20, 3), 1e6), z], 1)
@@ -196,9 +197,9 @@ def test_the_collecting_pass_sees_the_dropout_masks_of_the_training_pass(monkeyp
     collected, trained = [], []
     original = train.alignment_gradients
 
-    def watch(model, pieces, whole, kind):
+    def watch(model, pieces, kind):
         handle = model.model.layers[0].mlp.up_proj.lora_A.register_forward_hook(lambda m, i, o: collected.append(o))
-        result = original(model, pieces, whole, kind)
+        result = original(model, pieces, kind)
         handle.remove()
         model.model.layers[0].mlp.up_proj.lora_A.register_forward_hook(lambda m, i, o: trained.append(o.detach()))
         return result

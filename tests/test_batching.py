@@ -15,8 +15,11 @@ class Letters:
 
     eos_token_id, pad_token_id = 2, 0
 
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1] * add_special_tokens + [3 + ord(letter) % 47 for letter in text]}
+    def __call__(self, text, add_special_tokens=True, truncation=False, max_length=None):
+        letters = [3 + ord(letter) % 47 for letter in text]
+        if truncation:
+            letters = letters[max(0, len(letters) + 1 - max_length):]
+        return {"input_ids": [1] * add_special_tokens + letters}
 
 
 def task(name, count, prefix="q"):
@@ -32,7 +35,7 @@ def test_labels_are_on_the_target_and_its_end_only():
 def test_long_prompts_are_cut_from_the_left_and_targets_never():
     whole, _ = encode(Letters(), ("abcdefghijklmnop", "xyz"))
     ids, labels = encode(Letters(), ("abcdefghijklmnop", "xyz"), max_length=9)
-    assert ids == whole[-9:] and labels == [-100] * 4 + whole[-5:]
+    assert ids == [1, *whole[-8:]] and labels == [-100] * 4 + whole[-5:]  # the start token is kept
     with pytest.raises(ValueError, match="a target of 5 tokens, max length 5"):
         encode(Letters(), ("abc", "xyz"), max_length=5)
     with pytest.raises(ValueError, match="empty target"):

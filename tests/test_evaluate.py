@@ -8,18 +8,89 @@ from conftest import make_llama
 
 from tinylora_mtl import evaluate, train
 from tinylora_mtl.batching import encode_target
-from tinylora_mtl.evaluate import generate_answers, is_right, table, task_accuracy
+from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, generate_answers, interval,
+                                   is_right, table, task_accuracy)
 from tinylora_mtl.models import load_model
-from tinylora_mtl.tasks import load_tasks
+from tinylora_mtl.tasks import Task, load_tasks, with_shots
 from tinylora_mtl.train import TrainConfig
 
 
 @pytest.mark.parametrize("answer,target,right", [
-    (" Yes", "Yes", True), ("Yes\nNo", "Yes", True), ("\n Yes", "Yes", True), ("ant  axe", "ant axe", True),
+    (" Yes", "Yes", True), ("Yes\nNo", "Yes", True), ("ant  axe", "ant axe", True), ("yes.", "Yes", True),
     ("No", "Yes", False), ("Yes No", "Yes", False), ("", "Yes", False), ("None\nYes", "Yes", False),
-    ("1", "none", False), ("none", "1", False), ("12", "1", False), ("1 2", "12", False), ("yes", "Yes", False)])
-def test_exact_match_of_the_first_line(answer, target, right):
+    ("\nYes", "Yes", False), ("No\nAnswer: Yes", "Yes", False), ("I think Yes", "Yes", False),
+    ("none", "1", False), ("1", "none", False), ("12", "1", False), ("1 2", "12", False), ("1", "11", False),
+    ("1,234", "1234", True), ("1,234", "1,234", True), ("1234", "1,234", True), ("1", "1,234", False),
+    ("234", "1,234", False), ("1,2", "12", False), ("1,234,567.0", "1234567", True),
+    ("-5", "-5", True), ("5", "-5", False), ("-5", "5", False), ("-5.0", "-5", True), ("- 5", "-5", False),
+    ("3.50", "3.5", True), ("3.50", "3.50", True), ("3", "3.50", False), ("3.05", "3.5", False), ("3.", "3", True),
+    ("(B)", "B", True), ("B", "(B)", True), ("(b)", "(B)", True), ("(A)", "B", False), ("(A) (B)", "B", False),
+    ("A", "(B)", False), ("B) x", "B", False), (") ]", ") ]", True), (") ]", "] )", False), ("( )", "", False),
+    ("100", "1E2", False), ("not_entailment", "entailment", False), ("0", "-0", False)])
+def test_normalized_exact_match(answer, target, right):
     assert is_right(answer, target) is right
+
+
+def script(model, tokenizer, text):
+    """Make a model write `text`, whatever it is asked; returns the list of its forward passes' sizes."""
+    ids, calls = tokenizer(text, add_special_tokens=False)["input_ids"], []
+
+    def write(module, inputs, logits):
+        forced = torch.full_like(logits, -100.0)
+        forced[:, -1, ids[min(len(calls), len(ids) - 1)]] = 0.0
+        calls.append(logits.shape)
+        return forced
+    model.lm_head.register_forward_hook(write)
+    return calls
+
+
+@pytest.mark.parametrize("written,answer,passes", [
+    (" Yes\nAnswer: No\nAnswer: No", "Yes", 2), ("\nYes", "", 1), (" Yes No No No No No No No No No", "Yes No", None)])
+def test_nothing_invented_after_the_answer_is_read(written, answer, passes):
+    """Writing stops at the first line break, in the middle of what the model would go on to invent."""
+    model, tokenizer, _ = load_model("mini", "cpu")
+    calls = script(model, tokenizer, written)
+    got = generate_answers(model, tokenizer, [("navigate Answer:", "Yes"), ("x Answer:", "No")])
+    assert got[0].startswith(answer) and "Answer" not in got[0] and (passes is None or got == [answer] * 2)
+    assert len(calls) == (passes or 2 + SLACK)  # " Yes" and its end token, and the slack
+
+
+def test_the_chosen_label_is_the_likeliest_whole_answer():
+    """Against one forward pass per label, without padding: Σ log p of the label's tokens and of the end token."""
+    model, tokenizer, _ = load_model("mini", "cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():  # a random model, so that no label is favoured by far
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    labels = ("Yes", "No", "1", "10", "axe pen cup", "1 0")
+    samples = [(prompt, "Yes") for prompt, _ in load_tasks(["word_sorting"])[0].test[:12]]
+    expected = []
+    for prompt, _ in samples:
+        start, scores = tokenizer(prompt)["input_ids"], []
+        for label in labels:
+            option = encode_target(tokenizer, label)
+            logits = model(torch.tensor([start + option])).logits[0].log_softmax(-1)
+            scores.append(sum(logits[len(start) + i - 1, token].item() for i, token in enumerate(option)))
+        expected.append(labels[scores.index(max(scores))])
+    model.train()
+    assert choose_answers(model, tokenizer, samples, labels, batch_size=13) == expected
+    assert model.training and len(set(expected)) > 1
+    assert choose_answers(model, tokenizer, samples, labels, max_length=12) != expected  # the prompts are cut
+
+
+def test_intervals_are_wilsons():
+    """Values of the score interval for 10 trials, as in the tables; and it covers what it should."""
+    for right, (low, high) in {0: (0.0, 0.2775), 5: (0.2366, 0.7634), 9: (0.5958, 0.9821), 10: (0.7225, 1.0)}.items():
+        assert interval(right / 10, 10) == pytest.approx((low, high), abs=1e-4)
+    generator, truth, counts = torch.Generator().manual_seed(0), {"a": 0.98, "b": 0.5, "c": 0.75}, {}
+    covered = 0
+    for _ in range(2000):
+        counts = {"a": 60, "b": 250, "c": 100}
+        drawn = {name: (torch.rand(counts[name], generator=generator) < p).double().mean().item()
+                 for name, p in truth.items()}
+        low, high = average_interval(drawn, counts)
+        covered += low <= average(truth) <= high
+    assert 0.935 < covered / 2000 < 0.975
 
 
 def test_answers_are_the_greedy_ones_one_sample_at_a_time():
@@ -34,13 +105,14 @@ def test_answers_are_the_greedy_ones_one_sample_at_a_time():
             if token == tokenizer.eos_token_id:
                 break
             written.append(token)
-        assert tokenizer.decode(written).startswith(answer[:1]) and answer.startswith(tokenizer.decode(written))
+        expected = tokenizer.decode(written).split("\n")[0].strip()
+        assert expected and answer.startswith(expected)
 
 
 def test_accuracy_counts_every_sample():
     model, tokenizer, _ = load_model("mini", "cpu")
     samples = [("order pen axe =", "axe pen"), ("sort ink cup bag =", "bag cup ink"), ("order hen axe =", "hen axe")]
-    assert task_accuracy(model, tokenizer, samples) == pytest.approx(2 / 3)
+    assert task_accuracy(model, tokenizer, Task("sort", [], [], samples)) == pytest.approx(2 / 3)
     assert not model.training
 
 
@@ -51,10 +123,30 @@ def test_long_prompts_are_scored_too():
 
 
 def test_table_fits_in_80_columns():
-    text = table({"before": {"tracking_shuffled_objects": 0.5}, "after": {"tracking_shuffled_objects": 0.25},
-                  "after adapting": {"tracking_shuffled_objects": 1.0}}, ["tracking_shuffled_objects"])
-    assert text.splitlines()[1].split() == ["tracking_shuffled_objects", "50.0", "%", "25.0", "%", "100.0", "%"]
-    assert max(map(len, text.splitlines())) <= 80
+    columns = {"before": {"tracking_shuffled_objects": 0.5, "b": 0.0}, "after": {"tracking_shuffled_objects": 0.25, "b": 1},
+               "after adapting": {"tracking_shuffled_objects": 1.0, "b": 1.0}}
+    lines = table(columns, {"tracking_shuffled_objects": 100, "b": 50}).splitlines()
+    assert lines[1].split() == ["tracking_shuffled_objects", "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
+                                "100"]
+    assert lines[3].split() == ["average", "25.0", "(20-31)", "62.5", "(57-67)", "100.0", "(96-100)", "150"]
+    assert max(map(len, lines)) <= 80
+    assert max(map(len, table({"after": {"x" * 99: 0.5}}, {"x" * 99: 2000}).splitlines())) <= 80
+
+
+def test_shots_are_training_samples_or_else_not_scored():
+    task = Task("t", [(f"train {i} Answer:", f"a{i}") for i in range(9)], [], [("test Answer:", "b"), ("x Answer:", "c")])
+    shown = with_shots(task, "test", 2).test
+    assert [target for _, target in shown] == ["b", "c"]
+    first, second, last = shown[0][0].split("\n\n")
+    assert {first, second} <= {f"{prompt} {target}" for prompt, target in task.train} and first != second
+    assert last == "test Answer:" and shown[1][0] == f"{first}\n\n{second}\n\nx Answer:"
+    own = with_shots(Task("t", [], [], task.train), "test", 3).test
+    assert len(own) == 6
+    for prompt, target in own:
+        *examples, question = prompt.split("\n\n")
+        assert len(examples) == 3 and f"{question} {target}" not in examples
+    with pytest.raises(ValueError, match="task 't' has 2 samples, too few for 2 shots"):
+        with_shots(Task("t", [], [], task.test), "test", 2)
 
 
 def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
@@ -68,13 +160,22 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
     assert evaluate.main([*folder[2:], "--show", "2"]) == results["before"]
     printed = capsys.readouterr().out
     assert printed.count("[word_sorting] Sort the following words") == 2 and printed.count("the answer is") == 2
+    navigate = ["--tasks", "navigate", "--split", "validation", "--score", "choose", "--show", "1"]
+    assert 0.3 < evaluate.main([*navigate, "--shots", "2"])["navigate"] < 0.7  # one of two labels, and it cannot know
+    printed = capsys.readouterr().out
+    assert printed.count("Answer: Yes") + printed.count("Answer: No") == 2 and "scored by choose" in printed
 
 
 @pytest.mark.parametrize("flags,message", [
     (["--run", "nowhere"], "nowhere is not a run folder: it has no config.json"),
     (["--adapter", "nowhere"], "nowhere is not an adapter folder: it has no adapter_config.json"),
     (["--tasks", "x"], "unknown task 'x'"), (["--split", "x"], "invalid choice: 'x'"),
-    (["--show", "x"], "invalid int"), (["--show", "-1"], "--show at least 0"),
+    (["--score", "x"], "invalid choice: 'x'"), (["--shots", "-1"], "--show and --shots at least 0"),
+    (["--score", "choose"], "task 'word_sorting' has no closed set of labels"),
+    (["--tasks", "navigate", "--shots", "501"], "task 'navigate' has 500 samples, too few for 501 shots"),
+    (["--dtype", "int8"], "unknown dtype 'int8'; there are: auto, float32"),
+    (["--max-length", "300"], "--max-length 300 is more than the 256 positions"),
+    (["--show", "x"], "invalid int"), (["--show", "-1"], "--show and --shots at least 0"),
     (["--max-length", "-5"], "--max-length must be at least 1")])
 def test_bad_input(capsys, flags, message):
     from tinylora_mtl.cli import run_command

@@ -8,7 +8,11 @@ import pytest
 
 from tinylora_mtl import mini_tasks
 from tinylora_mtl.mini_tasks import LANGUAGES, NUMBERS, PHRASES, SKILLS, CATEGORIES, worded_sample
-from tinylora_mtl.tasks import TASK_SETS, embedded_task, load_tasks
+from tinylora_mtl.tasks import TASK_SETS, load_tasks
+
+
+def embedded_task(name):
+    return load_tasks([name])[0]
 
 
 def solve(name, prompt):
@@ -96,7 +100,7 @@ def test_a_sample_draws_from_its_own_generator_only():
 def test_load_tasks_by_name_and_set():
     assert [t.name for t in load_tasks(["mini"])] == list(SKILLS)
     assert [t.name for t in load_tasks(["mini-multilingual", "navigate"])] == [*LANGUAGES, "navigate"]
-    assert set(TASK_SETS) == {"mini", "mini-multilingual"}
+    assert set(TASK_SETS) == {"mini", "mini-multilingual", "bbh"} and len(TASK_SETS["bbh"]) == 27
 
 
 def test_fewer_samples_are_drawn_with_the_seed_and_tests_stay():

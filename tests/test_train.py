@@ -123,7 +123,7 @@ def test_every_flag_has_help_and_the_defaults_are_those_of_the_config():
 
 BAD = {  # flags: what the one line must say
     "--method dora": "unknown method 'dora'; there are: lora, hydralora, rlora, mlora, align, meta",
-    "--model nowhere": "unknown model 'nowhere'; there are: mini",
+    "--model nowhere": "unknown model .nowhere.: there is no such folder.*there are: mini",
     "--tasks navigat": "unknown task 'navigat'; there are: mini, mini-multilingual, boolean_expressions",
     "--tasks navigate navigate": "'navigate' is asked for more than once",
     "--align cosine": "unknown align 'cosine'; there are: kl, mmd",

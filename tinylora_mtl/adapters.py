@@ -99,7 +99,8 @@ def target_names(model, targets):
 
     targets = (targets,) if isinstance(targets, str) else targets
     if targets is None or tuple(targets) == ("all-linear",):
-        names = (matching(PAPER_TARGETS) if targets is None else []) or body
+        papers = targets is None and all(matching([target]) for target in PAPER_TARGETS)
+        names = matching(PAPER_TARGETS) if papers else body
         unmatched = [] if names else ["all-linear"]
     else:
         names, unmatched = matching(targets), [target for target in targets if not matching([target])]

@@ -109,44 +109,55 @@ def collect_features(model):
             handle.remove()
 
 
-def group_by_task(z, batch):
-    """The real tokens of z [batch, length, r], a [n_t, r] tensor for every task that is in the batch.
+def real_tokens(values, batch):
+    """values [batch, length, ...] at the real tokens, by `attention_mask` [batch, length] -> [n, ...]."""
+    return values[batch["attention_mask"].bool()]
 
-    batch: `attention_mask` [batch, length] says which tokens are real, `task_ids` [batch] whose they are.
-    """
-    real = batch["attention_mask"].bool()  # [batch, length]
-    owner = batch["task_ids"][:, None].expand_as(real)  # [batch, length]
-    return [z[real & (owner == task)] for task in batch["task_ids"].unique()]
+
+def owners(batch):
+    """The task id of every real token of a batch, [n], in the order of `real_tokens`."""
+    return real_tokens(batch["task_ids"][:, None].expand_as(batch["attention_mask"]), batch)
 
 
 def alignment_loss(features, batch, kind="kl"):
     """Mean over the adapted layers of the alignment of their features: the term that λ multiplies.
 
-    features: what `collect_features` left; batch: as in `group_by_task`; kind: a key of ALIGNMENTS -> a scalar.
+    features: what `collect_features` left, {layer: z [batch, length, r]}; batch: `attention_mask` [batch, length] says
+    which tokens are real, `task_ids` [batch] whose they are; kind: a key of ALIGNMENTS -> a scalar.
     Raises RuntimeError if the features carry no gradient in training (reentrant gradient checkpointing does that):
     the term would be a number in the log and nothing else.
     """
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise RuntimeError("the features have no gradient, so the alignment term would do nothing; "
                            "use gradient checkpointing with use_reentrant=False")
-    align = ALIGNMENTS[kind]
-    return torch.stack([align(group_by_task(z, batch)) for z in features.values()]).mean()
+    return alignment_of({name: real_tokens(z, batch) for name, z in features.items()}, owners(batch), kind)
 
 
-def alignment_gradients(model, pieces, batch, kind="kl"):
+def alignment_of(features, owner, kind):
+    """The mean over the layers for features without padding, {layer: z [n, r]}; token i is of task owner[i]."""
+    return torch.stack([ALIGNMENTS[kind](group_by_task(z, owner)) for z in features.values()]).mean()
+
+
+def group_by_task(z, owner):
+    """z [n, r] as a [n_t, r] tensor for every task that is in owner [n]."""
+    return [z[owner == task] for task in owner.unique()]
+
+
+def alignment_gradients(model, pieces, kind="kl"):
     """The alignment loss of a batch that is computed in pieces, and its gradient with respect to each piece's features.
 
     A first pass, without a graph, collects the features of all pieces, because the statistics are the whole batch's.
     Its random numbers are drawn aside (on CPU and CUDA), so the pass that trains sees the same dropout masks.
-    pieces: the batch as `split_batch` cut it -> (loss, {layer name: [dL/dZ of piece 0, …]}).
+    pieces: what `split_batch` made -> (loss, {layer name: [dL/dZ of piece 0, ...]}), at `real_tokens`: [n_piece, r].
     """
     collected = []
     with torch.random.fork_rng():
         for piece in pieces:
             with torch.no_grad(), collect_features(model) as features:
                 label_logits(model, piece)
-            collected.append(features)
-        features = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
-        loss = alignment_loss(features, batch, kind)
-        gradients = torch.autograd.grad(loss, list(features.values()))
-    return loss.detach(), {name: gradient.tensor_split(len(pieces)) for name, gradient in zip(features, gradients)}
+            collected.append({name: real_tokens(z, piece) for name, z in features.items()})
+        whole = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
+        loss = alignment_of(whole, torch.cat([owners(piece) for piece in pieces]), kind)
+        gradients = torch.autograd.grad(loss, list(whole.values()))
+    sizes = [int(piece["attention_mask"].sum()) for piece in pieces]
+    return loss.detach(), {name: gradient.split(sizes) for name, gradient in zip(whole, gradients)}

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 
 NO_LABEL = -100
+WINDOW = 8  # batches that are drawn together and sorted by length; more would save little
 
 
 def encode_prompt(tokenizer, prompt, max_length):
-    """Token ids of a prompt, cut from the left to `max_length`: what stands nearest to the answer is kept."""
-    return tokenizer(prompt)["input_ids"][-max_length:]
+    """Token ids of a prompt, cut from the left to `max_length`: what stands nearest to the answer is kept.
+
+    A start token, where the tokenizer puts one, is kept too."""
+    return tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
 
 
 def encode_target(tokenizer, target):
@@ -58,7 +61,11 @@ class BalancedBatches:
 
     Each task is shuffled and gone through by itself, and shuffled anew when it is used up. So a small task is
     repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of
-    a task, not of the whole. A batch has batch_size // (number of tasks) samples of each task.
+    a task, not of the whole. A batch has batch_size // (number of tasks) samples each.
+
+    Less is spent on padding where a batch holds samples of like length. So the samples of the next WINDOW batches are
+    drawn together, those of each task are sorted by length and dealt out, and the batches come in random order. That
+    changes which samples meet in a batch, not which are drawn.
     """
 
     def __init__(self, tasks, tokenizer, max_length, seed, device):
@@ -66,22 +73,32 @@ class BalancedBatches:
         self.pad_id = tokenizer.pad_token_id
         self.rng, self.device = random.Random(seed), device
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
+        self.dealt = []  # batches to come: for each, a list of indices for every task
 
     def draw(self, task_id, count):
-        """`count` rows of a task, different ones as long as it has that many."""
+        """Indices of `count` rows of a task, different ones as long as the pass has that many."""
         indices = []
         while len(indices) < count:
             if not self.waiting[task_id]:
                 self.waiting[task_id] = self.rng.sample(range(len(self.rows[task_id])), len(self.rows[task_id]))
             indices.append(self.waiting[task_id].pop())
-        return [self.rows[task_id][index] for index in indices]
+        return indices
+
+    def deal(self, each):
+        """Draw the next WINDOW batches (fewer for a small task: no sample should come twice in them)."""
+        window = max(1, min(WINDOW, min(len(rows) for rows in self.rows) // each))
+        drawn = [sorted(self.draw(task_id, each * window), key=lambda index: len(rows[index][0]))
+                 for task_id, rows in enumerate(self.rows)]
+        self.dealt = [[indices[i * each:(i + 1) * each] for indices in drawn] for i in range(window)]
+        self.rng.shuffle(self.dealt)
 
     def balanced(self, batch_size):
         """A batch of all tasks."""
-        each = batch_size // len(self.rows)
-        task_ids = [task_id for task_id in range(len(self.rows)) for _ in range(each)]
-        rows = [row for task_id in range(len(self.rows)) for row in self.draw(task_id, each)]
-        return collate(rows, task_ids, self.pad_id, self.device)
+        if not self.dealt:
+            self.deal(batch_size // len(self.rows))
+        drawn = [(task_id, index) for task_id, indices in enumerate(self.dealt.pop()) for index in indices]
+        rows = [self.rows[task_id][index] for task_id, index in drawn]
+        return collate(rows, [task_id for task_id, _ in drawn], self.pad_id, self.device)
 
     def episodes(self, tasks, support, query):
         """MeTA-LoRA's round: for each of `tasks` sampled tasks a support and a query batch without a common sample."""
@@ -103,14 +120,20 @@ def label_logits(model, batch):
     if len(labelled) == 0:
         raise ValueError("no label is left in the batch: every target was cut away or masked")
     k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
-    takes = inspect.signature(model.forward).parameters
-    options = {}
-    if "position_ids" in takes:  # counted from the first real token, so that left padding changes nothing
-        options["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in takes:
-        options["logits_to_keep"] = k + 1
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options).logits
+    logits = forward(model, batch["input_ids"], batch["attention_mask"], k + 1, use_cache=False).logits
     return logits[:, -k - 1:-1], batch["labels"][:, -k:]  # the logits at a position predict the next token
+
+
+def forward(model, input_ids, attention_mask, keep, **more):
+    """The model's output for ids [batch, new], with logits for the last `keep` columns only, where it can do that.
+
+    attention_mask [batch, length] covers the tokens in a cache too, if there is one: length >= new.
+    """
+    takes = inspect.signature(model.forward).parameters
+    options = {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:],  # padding: none
+               "logits_to_keep": keep}
+    options = {name: value for name, value in options.items() if name in takes}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
 
 
 def label_loss(model, batch, count=None):
@@ -124,6 +147,17 @@ def label_loss(model, batch, count=None):
 
 
 def split_batch(batch, pieces):
-    """The batch in `pieces` batches of (nearly) equal size, for gradient accumulation."""
-    parts = {key: tensor.tensor_split(pieces) for key, tensor in batch.items()}
-    return [{key: part[i] for key, part in parts.items()} for i in range(pieces)]
+    """The batch in `pieces` batches of (nearly) equal size, for gradient accumulation.
+
+    Samples of like length come together and each piece loses the columns that are padding in all of its rows: the
+    same tokens and labels as in one piece, and less padding.
+    """
+    order = batch["attention_mask"].sum(1).argsort(stable=True)  # [batch], the shortest first
+    parts = {key: tensor[order].tensor_split(pieces) for key, tensor in batch.items()}
+    return [trim({key: part[i] for key, part in parts.items()}) for i in range(pieces)]
+
+
+def trim(batch):
+    """The batch without the columns that are padding in every row."""
+    length = int(batch["attention_mask"].sum(1).max())
+    return {key: tensor[:, -length:] if tensor.dim() == 2 else tensor for key, tensor in batch.items()}

@@ -1,63 +1,152 @@
 """Accuracy per task: python -m tinylora_mtl.evaluate --run runs/align-mini-seed0 --show 5
 
-The model writes its answer greedily, up to the end token; its first line is right if it equals the target, differences
-in white space aside. Without --run or --adapter the base model itself is scored.
+Two ways of scoring. `generate`: the model writes its answer greedily, up to the first line break or end token, and it
+is right if it equals the target (see `normalize`). `choose`, for tasks with a closed set of labels: the answer is the
+label that the model finds most likely. Without --run or --adapter the base model itself is scored. Tasks that were not
+trained on are best asked with solved examples before each prompt: --tasks bbh --shots 3 --max-length 1024.
 """
 
 import json
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 
 from .adapters import load_adapter
-from .batching import collate, encode_prompt, encode_target
+from .batching import collate, encode_prompt, encode_target, forward
 from .cli import Parser, run_command
-from .models import load_model
-from .tasks import load_tasks
+from .models import load_model, pick_length
+from .tasks import load_tasks, require_samples, with_shots
+
+SCORES = ["generate", "choose"]
+SLACK = 4  # tokens that an answer may have beyond the longest target, for "(B)" where the target is "B"
 
 
-@torch.no_grad()
+# --------------------------------------------------------------------------------------------------------- answers
 def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
     """The model's greedy answer to each (prompt, target) sample, a list of str in the same order.
 
-    An answer may be one token longer than the longest target of its batch: enough to tell right from wrong.
+    An answer ends at its first line break or end token, or SLACK tokens beyond the longest target of its batch: what a
+    model goes on to invent is never read.
     """
-    was_training = model.training
-    model.eval()
-    prompts = [encode_prompt(tokenizer, prompt, max_length) for prompt, _ in samples]
-    room = [len(encode_target(tokenizer, target)) for _, target in samples]
-    order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    room = max(len(encode_target(tokenizer, target)) for _, target in samples) + SLACK
+    prompts = [encode_prompt(tokenizer, prompt, max(1, max_length - room)) for prompt, _ in samples]
     answers = [""] * len(samples)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        batch = collate([(prompts[i], prompts[i]) for i in chosen], [0] * len(chosen), tokenizer.pad_token_id,
-                        model.device)
-        written = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # whatever the model's default
-            max_new_tokens=max(room[i] for i in chosen), pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id)[:, batch["input_ids"].shape[1]:]  # [batch, new tokens]
+    for chosen, batch in batches_by_length(prompts, tokenizer, model.device, batch_size):
+        with evaluation_mode(model):
+            written = model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # not the model's defaults
+                max_new_tokens=max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + SLACK,
+                stop_strings=["\n"], tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id)[:, batch["input_ids"].shape[1]:]  # [batch, new tokens]
         for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)):
-            answers[i] = text
-    model.train(was_training)
+            answers[i] = text.split("\n")[0].strip()
     return answers
 
 
+def choose_answers(model, tokenizer, samples, labels, max_length=512, batch_size=128):
+    """For each (prompt, target) sample the label that is likeliest as its whole answer, a list of str.
+
+        argmax over labels of log p(label, end token | prompt), summed over the label's tokens
+    The end token counts, so that a label is not preferred for being the beginning of another ("1" and "10").
+    """
+    options = [encode_target(tokenizer, label) for label in labels]
+    prompts = [encode_prompt(tokenizer, prompt, max(1, max_length - max(map(len, options)))) for prompt, _ in samples]
+    answers = [""] * len(samples)
+    for chosen, batch in batches_by_length(prompts, tokenizer, model.device, max(1, batch_size // len(labels))):
+        with evaluation_mode(model):
+            best = log_likelihoods(model, batch, options).argmax(-1)
+        for i, label in zip(chosen, best.tolist()):
+            answers[i] = labels[label]
+    return answers
+
+
+def log_likelihoods(model, batch, options):
+    """log p(option | prompt) for a batch of prompts and each of `options`, lists of token ids -> [prompts, options].
+
+    A prompt is read once, whatever the number of options: they go on from its keys and values.
+    """
+    mask, count, longest = batch["attention_mask"], len(options), max(map(len, options))
+    ids = torch.tensor([option + [0] * (longest - len(option)) for option in options], device=mask.device)
+    read = forward(model, batch["input_ids"], mask, 1, use_cache=True)
+    logits = read.logits[:, -1:].repeat_interleave(count, 0)  # [prompts · options, 1, vocabulary]: the first token's
+    if longest > 1:
+        read.past_key_values.batch_repeat_interleave(count)
+        new = ids[:, :-1].repeat(len(mask), 1)  # [prompts · options, longest - 1]
+        mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(new)], 1)
+        rest = forward(model, new, mask, longest - 1, past_key_values=read.past_key_values, use_cache=True).logits
+        logits = torch.cat([logits, rest], 1)  # [prompts · options, longest, vocabulary]
+    chosen = logits.float().log_softmax(-1).gather(-1, ids.repeat(len(batch["input_ids"]), 1)[..., None])[..., 0]
+    counted = torch.tensor([[i < len(option) for i in range(longest)] for option in options], device=mask.device)
+    return (chosen.view(-1, count, longest) * counted).sum(-1)  # [prompts, options]
+
+
+@contextmanager
+def evaluation_mode(model):
+    """No dropout and no gradient within the block; the model's mode is as before after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches_by_length(prompts, tokenizer, device, batch_size):
+    """Yield (indices, batch) over encoded prompts, those of like length together: little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start:start + batch_size]
+        yield chosen, collate([(prompts[i], prompts[i]) for i in chosen], [0] * len(chosen), tokenizer.pad_token_id,
+                              device)
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+def normalize(answer):
+    """What is compared: the first line, without regard to white space, case, a final full stop, brackets around a
+    single word ("(B)" is "B"), and how a number is written ("1,234.50" is "1234.5")."""
+    text = " ".join(answer.split("\n")[0].casefold().split()).removesuffix(".")
+    text = re.sub(r"^\((\w+)\)$", r"\1", text)
+    if re.fullmatch(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", text):
+        return f"{Decimal(text.replace(',', '')).normalize():f}"
+    return text
+
+
 def is_right(answer, target):
-    """Whether the first line of an answer equals the target, differences in white space aside."""
-    first_line = answer.strip().split("\n")[0]
-    return first_line.split() == target.split()
+    """Whether an answer equals the target after `normalize`: no part of a longer answer is taken for the whole."""
+    return normalize(answer) == normalize(target)
 
 
-def task_accuracy(model, tokenizer, samples, max_length=512):
-    """Share of samples answered right, 0 to 1."""
-    answers = generate_answers(model, tokenizer, samples, max_length)
-    return sum(is_right(answer, target) for answer, (_, target) in zip(answers, samples)) / len(samples)
+def task_answers(model, tokenizer, task, split="test", max_length=512, score="generate"):
+    """The model's answers to a split of a task, a list of str."""
+    samples = getattr(task, split)
+    if score == "generate":
+        return generate_answers(model, tokenizer, samples, max_length)
+    return choose_answers(model, tokenizer, samples, task.labels, max_length)
 
 
-def accuracies(model, tokenizer, tasks, split="test", max_length=512):
+def check_labels(tasks, score):
+    """ValueError if answers are to be chosen from a task's labels, and they are not a closed set."""
+    for task in tasks:
+        if score == "choose" and not task.labels:
+            raise ValueError(f"task {task.name!r} has no closed set of labels to choose from; use --score generate")
+
+
+def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="generate"):
+    """Share of a split's samples answered right, 0 to 1."""
+    answers = task_answers(model, tokenizer, task, split, max_length, score)
+    return sum(is_right(answer, target) for answer, (_, target) in zip(answers, getattr(task, split))) / len(answers)
+
+
+def accuracies(model, tokenizer, tasks, split="test", max_length=512, score="generate"):
     """{task name: accuracy, 0 to 1} on a split of each task."""
-    return {task.name: task_accuracy(model, tokenizer, getattr(task, split), max_length) for task in tasks}
+    return {task.name: task_accuracy(model, tokenizer, task, split, max_length, score) for task in tasks}
 
 
 def average(values):
@@ -65,35 +154,76 @@ def average(values):
     return sum(values.values()) / len(values)
 
 
-def table(columns, names):
-    """Lines of a table with a row for each task and one for the average; columns: {heading: {task: accuracy}}."""
-    width = max(len(name) for name in [*names, "average"])
-    lines = [" " * width + "".join(f"{heading:>16}" for heading in columns)]
-    lines += [f"{name:{width}}" + "".join(f"{100 * column[name]:14.1f} %" for column in columns.values())
-              for name in names]
-    lines += [f"{'average':{width}}" + "".join(f"{100 * average(column):14.1f} %" for column in columns.values())]
+def interval(accuracy, count):
+    """The 95 % interval (low, high) of an accuracy measured on `count` samples, by Wilson's score.
+
+    It tells how far chance in drawing the test samples reaches, not how runs with other seeds differ. Source: Wilson,
+    JASA 1927; unlike accuracy ± 1.96 standard errors it is not empty at 0 and 1, and does not leave 0 to 1.
+    """
+    z = 1.96
+    center = (accuracy + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(accuracy * (1 - accuracy) / count + z * z / (4 * count * count))
+    return max(0.0, center - reach), min(1.0, center + reach)
+
+
+def average_interval(values, counts):
+    """The 95 % interval of `average`: the tasks' own intervals, which are independent, added in squares.
+
+    Source: Zou and Donner, Statistics in Medicine 2008 (the method of variance estimates recovery)."""
+    mean = average(values)
+    limits = {name: interval(values[name], counts[name]) for name in values}
+    low, high = (math.sqrt(sum((values[name] - limits[name][side]) ** 2 for name in values)) / len(values)
+                 for side in (0, 1))
+    return max(0.0, mean - low), min(1.0, mean + high)
+
+
+def table(columns, counts):
+    """Lines of a table: a row for each task and one for the average, in percent with 95 % intervals, and the samples.
+
+    columns: {heading: {task: accuracy}}; counts: {task: number of samples}. Long task names are cut to fit 80 columns.
+    """
+    width = min(max(len(name) for name in [*counts, "average"]), 73 - 16 * len(columns))
+
+    def row(name, cells, count):
+        name = name if len(name) <= width else name[:width - 1] + "…"
+        return f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"{count:>7}"
+
+    def cell(value, limits):
+        return f"{100 * value:.1f} ({100 * limits[0]:.0f}-{100 * limits[1]:.0f})"
+
+    lines = [row("", columns, "n")]
+    lines += [row(name, [cell(column[name], interval(column[name], counts[name])) for column in columns.values()],
+                  counts[name]) for name in counts]
+    lines += [row("average", [cell(average(column), average_interval(column, counts)) for column in columns.values()],
+                  sum(counts.values()))]
     return "\n".join(lines)
 
 
-def show(model, tokenizer, task, split, count, max_length):
+# --------------------------------------------------------------------------------------------------------- command
+def show(model, tokenizer, task, split, count, max_length, score):
     """Print the first `count` samples of a task: the prompt, the model's answer, the right one."""
-    samples = getattr(task, split)[:count]
-    for (prompt, target), answer in zip(samples, generate_answers(model, tokenizer, samples, max_length)):
+    task = replace(task, **{split: getattr(task, split)[:count]})
+    answers = task_answers(model, tokenizer, task, split, max_length, score)
+    for (prompt, target), answer in zip(getattr(task, split), answers):
         mark = "right" if is_right(answer, target) else "wrong"
-        print(f"\n[{task.name}] {prompt}\n  {mark}: the model says {answer.strip()!r}, the answer is {target!r}")
+        print(f"\n[{task.name}] {prompt}\n  {mark}: the model says {answer!r}, the answer is {target!r}")
 
 
 def main(argv=None):
     """Score a model, or a model with an adapter, on tasks; returns {task name: accuracy}."""
     parser = Parser("evaluate", __doc__)
-    parser.add_argument("--run", type=Path, help="a run folder of train: its adapter, model and tasks are used")
+    parser.add_argument("--run", type=Path, help="a run folder of train: its adapter, model and settings are used")
     parser.add_argument("--adapter", type=Path, help="an adapter folder, for use without --run")
-    parser.add_argument("--model", help="the embedded model or a folder (default: the run's model, or mini)")
-    parser.add_argument("--tasks", nargs="+", help="names of tasks (default: the run's tasks, or mini)")
+    parser.add_argument("--model", help="mini, a folder, or a Hub name (default: the run's model, or mini)")
+    parser.add_argument("--tasks", nargs="+", help="names or paths of tasks (default: the run's tasks, or mini)")
     parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's, or test)")
+    parser.add_argument("--score", choices=SCORES, help="how to score (default: as in the run, or generate)")
+    parser.add_argument("--shots", type=int, default=0, metavar="N", help="solved samples before each prompt")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts of each task with answers")
-    parser.add_argument("--max-length", type=int, help="prompts are cut to this many tokens (default: the run's, or 512)")
+    parser.add_argument("--max-length", type=int, help="prompts are cut from the left to this many tokens, answer "
+                                                       "included (default: the run's; 512, or what the model has)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
     args = parser.parse_args(argv)
 
     run = {}
@@ -101,18 +231,26 @@ def main(argv=None):
         if not (args.run / "config.json").is_file():
             raise ValueError(f"{args.run} is not a run folder: it has no config.json")
         run = json.loads((args.run / "config.json").read_text())
-    split, max_length = args.split or run.get("split", "test"), args.max_length or run.get("max_length", 512)
-    if max_length < 1 or args.show < 0:
-        raise ValueError("--max-length must be at least 1 and --show at least 0")
+    split, score = args.split or run.get("split", "test"), args.score or run.get("score", "generate")
+    max_length = args.max_length if args.max_length is not None else run.get("max_length")
+    if (max_length is not None and max_length < 1) or args.show < 0 or args.shots < 0:
+        raise ValueError("--max-length must be at least 1, --show and --shots at least 0")
     tasks = load_tasks(args.tasks or run.get("tasks", ["mini"]))
-    model, tokenizer, _ = load_model(args.model or run.get("model", "mini"), args.device)
+    require_samples(tasks, split)
+    check_labels(tasks, score)
+    if args.shots:
+        tasks = [with_shots(task, split, args.shots) for task in tasks]
+    model, tokenizer, _ = load_model(args.model or run.get("model", "mini"), args.device,
+                                     args.dtype or run.get("dtype", "auto"))
+    max_length = pick_length(model, max_length)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
-    scores = accuracies(model, tokenizer, tasks, split, max_length)
+    scores = accuracies(model, tokenizer, tasks, split, max_length, score)
     for task in tasks if args.show else []:
-        show(model, tokenizer, task, split, args.show, max_length)
-    print(table({f"{split} accuracy": scores}, list(scores)))
+        show(model, tokenizer, task, split, args.show, max_length, score)
+    print(table({f"{split} accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}))
+    print(f"in percent, with the 95 % interval over the n samples; scored by {score}")
     return scores
 
 

@@ -1,34 +1,67 @@
-"""The model and its tokenizer: the embedded one, or a folder in Hugging Face format."""
+"""The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
 
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 MINI = Path(__file__).parent / "assets" / "mini"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(name, device="auto"):
-    """(model, tokenizer, device) for "mini", the embedded model, or a local folder in Hugging Face format.
+def load_model(name, device="auto", dtype="auto"):
+    """(model, tokenizer, device) of a causal language model, in evaluation mode.
 
-    device: a torch device, or "auto": CUDA, then Apple's MPS, then the CPU. Raises ValueError for what is not there.
+    name: "mini", the embedded model; a local folder in Hugging Face format; or a Hub name such as
+        "HuggingFaceTB/SmolLM2-135M", of which a copy in the Hub's local cache is used without asking the network.
+    device: a torch device, or "auto": CUDA, then Apple's MPS, then the CPU.
+    dtype: of the frozen weights (adapters are float32 always): a key of DTYPES, or "auto": bfloat16 for a model that
+        was saved in half precision, on a GPU that computes in bfloat16; float32 everywhere else.
+
+    Code that a model brings along is never run. Raises ValueError for what is not there or cannot be loaded.
     """
-    folder = MINI if name == "mini" else Path(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"unknown model {name!r}; there are: mini, or a local folder in Hugging Face format")
-    device = pick_device(device)
-    logging.disable_progress_bar()  # loading is too quick for a bar of its own
+    source = MINI if name == "mini" else Path(name)
+    if not source.is_dir():
+        return load_from_hub(name, pick_device(device), dtype)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
+    return load(source, pick_device(device), dtype, local_files_only=True)
+
+
+def load_from_hub(name, device, dtype):
+    """As `load_model`, from the Hub: from its local cache if the model is there, else from the network."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load(name, device, dtype, local_files_only=True)
+    except OSError:
+        pass  # not in the cache
+    try:  # asked once, because loading itself would try for most of a minute before it gave up
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of several kinds, by what is wrong and by the version of huggingface_hub
+        raise ValueError(f"unknown model {name!r}: there is no such folder, and the Hugging Face Hub does not give it "
+                         f"({str(error).strip() or type(error).__name__}); there are: mini, the path of a folder in "
+                         "Hugging Face format (no network needed), or a Hub name") from error
+    return load(name, device, dtype, local_files_only=False)
+
+
+def load(source, device, dtype, local_files_only):
+    """(model, tokenizer, device) from a folder or a Hub name."""
+    logging.disable_progress_bar()  # loading is too quick for a bar of its own
+    options = {"local_files_only": local_files_only, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        dtype = pick_dtype(dtype, config.dtype, device)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
-        raise ValueError(f"the model in {folder} cannot be loaded: {error}") from error
+        raise ValueError(f"the model in {source} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {folder} has no end token, so no answer would ever end")
+        raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    tokenizer.truncation_side = "left"  # what stands nearest to the answer is kept, and so is a start token
     return model, tokenizer, device
 
 
@@ -41,3 +74,26 @@ def pick_device(device):
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
         raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error
+
+
+def pick_dtype(dtype, saved, device):
+    """The torch dtype of that name for a model that was saved as `saved`; see `load_model` for "auto"."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    half = saved in (torch.bfloat16, torch.float16)
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if half and gpu else torch.float32
+
+
+def pick_length(model, max_length):
+    """The longest sample in tokens: `max_length`; if that is None, 512 or what the model has positions for.
+
+    Raises ValueError for a length of which the model cannot tell all positions apart."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    if max_length is None:
+        return min(512, positions)
+    if max_length > positions:
+        raise ValueError(f"--max-length {max_length} is more than the {positions} positions that the model has")
+    return max_length

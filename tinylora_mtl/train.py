@@ -17,13 +17,13 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .adapters import METHODS as LAYER_METHODS
 from .adapters import AdapterConfig, adapter_parameters, add_adapters, save_adapter
-from .align import ALIGNMENTS, alignment_gradients, alignment_loss, collect_features
+from .align import ALIGNMENTS, alignment_gradients, alignment_loss, collect_features, real_tokens
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
 from .cli import Parser, run_command
-from .evaluate import accuracies, average, table, task_accuracy
+from .evaluate import SCORES, accuracies, average, average_interval, check_labels, table, task_accuracy
 from .meta import adapted_to, meta_gradients
-from .models import load_model
-from .tasks import load_tasks
+from .models import DTYPES, load_model, pick_length
+from .tasks import load_tasks, require_samples
 
 METHODS = [*LAYER_METHODS, "align", "meta"]  # the last two train plain LoRA layers, each in its own way
 MINI_LR = {"lora": 5e-3, "hydralora": 5e-3, "rlora": 5e-3, "mlora": 2e-3, "align": 5e-3, "meta": 5e-3}
@@ -39,8 +39,9 @@ def option(default, text, **extra):
 class TrainConfig:
     """Everything that decides a run. Each field is a flag of the same name: --batch-size is `batch_size`."""
 
-    model: str = option("mini", "the embedded model, or a local folder in Hugging Face format")
-    tasks: tuple = option(("mini",), "names of tasks: mini, mini-multilingual, or any of their tasks")
+    model: str = option("mini", "mini, a local folder in Hugging Face format, or a name on the Hugging Face Hub")
+    tasks: tuple = option(("mini",), "tasks: mini, mini-multilingual or any of their tasks, tasks from the Hub (sst2, "
+                                     "boolq, ...), JSON Lines files, folders with train.jsonl and test.jsonl")
     method: str = option("align", "how to train", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
@@ -56,7 +57,8 @@ class TrainConfig:
                        type=float)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    max_length: int = option(512, "prompts are cut from the left to this many tokens, answer included")
+    max_length: int = option(None, "prompts are cut from the left to this many tokens, answer included (default: 512, "
+                                   "or what the model has positions for)", type=int)
     samples: int = option(None, "training samples per task (default: all; meta 50)", type=int)
     align: str = option("kl", "the alignment loss, for --method align", choices=list(ALIGNMENTS))
     align_weight: float = option(None, "its weight, lambda (default: kl 0.2, mmd 0.01)", type=float)
@@ -67,8 +69,11 @@ class TrainConfig:
     inner_lr: float = option(0.005, "meta: their learning rate")
     seed: int = option(0, "seeds the adapters' start, the batches, the dropout and which samples are kept")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
+                                "precision on a GPU that has it, else float32", choices=["auto", *DTYPES])
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=["test", "validation"])
+    score: str = option("generate", "write the answer, or choose the likeliest of a task's labels", choices=SCORES)
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     out: str = option(None, "the run folder (default: the first free of runs/METHOD-TASKS-seedN)", type=str)
     overwrite: bool = option(False, "replace a run that is already in --out")
@@ -85,7 +90,8 @@ def main(config):
     config = fill_in(config)
     tasks = load_tasks(config.tasks, config.samples, config.seed)
     check_sizes(config, tasks)
-    model, tokenizer, device = load_model(config.model, config.device)
+    model, tokenizer, device = load_model(config.model, config.device, config.dtype)
+    config = replace(config, max_length=pick_length(model, config.max_length))
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
     batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
@@ -98,20 +104,24 @@ def main(config):
     print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
           f"{config.steps} steps at a learning rate of {config.lr:g}, on {device}\n"
           f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
-    results = {"method": config.method, "seed": config.seed, "split": config.split,
-               "trainable_parameters": trainable, "total_parameters": total}
-    columns = {"before": accuracies(model, tokenizer, tasks, config.split, config.max_length)}
+    counts = {task.name: len(getattr(task, config.split)) for task in tasks}
+    results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
+               "samples": counts, "trainable_parameters": trainable, "total_parameters": total}
+    scoring = config.split, config.max_length, config.score
+    columns = {"before": accuracies(model, tokenizer, tasks, *scoring)}
     train(model, batches, tasks, config, folder)
-    columns["after"] = accuracies(model, tokenizer, tasks, config.split, config.max_length)
+    columns["after"] = accuracies(model, tokenizer, tasks, *scoring)
     if config.method == "meta":  # "after" is the shared adapter as it is; this is each task's own θ_i
         columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, batches, config)
     save_adapter(model, folder / "adapter")
 
     results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
+    results |= {f"average_{name}_interval": average_interval(column, counts) for name, column in columns.items()}
     results["seconds"] = round(time.perf_counter() - began, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(table({name.replace("_", " "): column for name, column in columns.items()}, [task.name for task in tasks]))
-    print(f"{config.split} accuracy; {results['seconds']:.0f} s in all; the run is in\n{folder}")
+    print(table({name.replace("_", " "): column for name, column in columns.items()}, counts))
+    print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n"
+          f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
     return results
 
 
@@ -161,7 +171,7 @@ def multitask_step(model, batch, config):
     labels = (batch["labels"] != NO_LABEL).sum()
     numbers = {"loss": 0.0}
     if config.method == "align" and len(pieces) > 1:
-        numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, batch, config.align)
+        numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, config.align)
     for i, piece in enumerate(pieces):
         with collect_features(model) if config.method == "align" else nullcontext() as features:
             loss = label_loss(model, piece, labels)
@@ -171,7 +181,8 @@ def multitask_step(model, batch, config):
                 alignment = alignment_loss(features, piece, config.align)
                 numbers["alignment"] = alignment.detach()
             else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
-                alignment = sum((z * gradient_pieces[name][i]).sum() for name, z in features.items())
+                alignment = sum((real_tokens(z, piece) * gradient_pieces[name][i]).sum()
+                                for name, z in features.items())
             loss = loss + config.align_weight * alignment
         loss.backward()
     return numbers
@@ -196,10 +207,10 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
     """{task: accuracy} with stage 1 run once more for each task, on support + query of its own training samples."""
     scores = {}
     for task_id, task in enumerate(tasks):
-        rows = batches.draw(task_id, config.support + config.query)
+        rows = [batches.rows[task_id][index] for index in batches.draw(task_id, config.support + config.query)]
         support = collate(rows, [task_id] * len(rows), tokenizer.pad_token_id, batches.device)
         with adapted_to(model, support, config.inner_lr, config.inner_steps):
-            scores[task.name] = task_accuracy(model, tokenizer, getattr(task, config.split), config.max_length)
+            scores[task.name] = task_accuracy(model, tokenizer, task, config.split, config.max_length, config.score)
     return scores
 
 
@@ -240,7 +251,8 @@ def check(config):
 
 
 def check_sizes(config, tasks):
-    """ValueError if a batch cannot hold every task, or a task has too few samples for support and query."""
+    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from."""
+    require_samples(tasks, "train", config.split)
     if config.method == "meta":
         for task in tasks:
             if len(task.train) < config.support + config.query:
@@ -249,6 +261,7 @@ def check_sizes(config, tasks):
     elif config.batch_size // len(tasks) * len(tasks) < max(len(tasks), config.accumulation):
         raise ValueError(f"--batch-size {config.batch_size} cannot hold {len(tasks)} tasks in {config.accumulation} "
                          "piece(s); each task needs the same number of places, and each piece a sample")
+    check_labels(tasks, config.score)
     if config.method == "align" and len(tasks) < 2:
         raise ValueError("align needs at least two tasks: with one there is nothing to align")
 
@@ -256,7 +269,8 @@ def check_sizes(config, tasks):
 def make_run_folder(config):
     """The run folder, made now, with config.json in it. FileExistsError if it holds a run and --overwrite is off."""
     if config.out is None:
-        name = f"{config.method}-{'-'.join(config.tasks)[:40]}-seed{config.seed}"
+        names = "-".join(Path(name).name for name in config.tasks)[:40]
+        name = f"{config.method}-{names}-seed{config.seed}"
         folder, number = Path("runs") / name, 2
         while folder.exists():
             folder, number = Path("runs") / f"{name}-{number}", number + 1
