@@ -53,7 +53,9 @@ def load(source, device, dtype, local_files_only):
     try:
         config = AutoConfig.from_pretrained(source, **options)
         dtype = pick_dtype(dtype, config.dtype, device)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, **options,
+            adapter_kwargs={"local_files_only": local_files_only}).to(device).eval()  # peft, if there, looks for adapters
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
         raise ValueError(f"the model in {source} cannot be loaded: {error}") from error

@@ -116,7 +116,7 @@ def main(config):
     save_adapter(model, folder / "adapter")
 
     results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
-    results |= {f"average_{name}_interval": average_interval(column, counts) for name, column in columns.items()}
+    results |= {f"average_{name}_interval": list(average_interval(column, counts)) for name, column in columns.items()}
     results["seconds"] = round(time.perf_counter() - began, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table({name.replace("_", " "): column for name, column in columns.items()}, counts))
