@@ -123,10 +123,10 @@ def test_long_prompts_are_scored_too():
 
 
 def test_table_fits_in_80_columns():
-    columns = {"before": {"tracking_shuffled_objects": 0.5, "b": 0.0}, "after": {"tracking_shuffled_objects": 0.25, "b": 1},
-               "after adapting": {"tracking_shuffled_objects": 1.0, "b": 1.0}}
-    lines = table(columns, {"tracking_shuffled_objects": 100, "b": 50}).splitlines()
-    assert lines[1].split() == ["tracking_shuffled_objects", "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
+    long = "tracking_shuffled_objects"
+    columns = {"before": {long: 0.5, "b": 0.0}, "after": {long: 0.25, "b": 1.0}, "after adapting": {long: 1.0, "b": 1.0}}
+    lines = table(columns, {long: 100, "b": 50}).splitlines()
+    assert lines[1].split() == [long, "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
                                 "100"]
     assert lines[3].split() == ["average", "25.0", "(20-31)", "62.5", "(57-67)", "100.0", "(96-100)", "150"]
     assert max(map(len, lines)) <= 80
@@ -134,7 +134,8 @@ def test_table_fits_in_80_columns():
 
 
 def test_shots_are_training_samples_or_else_not_scored():
-    task = Task("t", [(f"train {i} Answer:", f"a{i}") for i in range(9)], [], [("test Answer:", "b"), ("x Answer:", "c")])
+    train_split = [(f"train {i} Answer:", f"a{i}") for i in range(9)]
+    task = Task("t", train_split, [], [("test Answer:", "b"), ("x Answer:", "c")])
     shown = with_shots(task, "test", 2).test
     assert [target for _, target in shown] == ["b", "c"]
     first, second, last = shown[0][0].split("\n\n")

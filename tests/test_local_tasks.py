@@ -107,7 +107,8 @@ def test_files_that_are_read(tmp_path, kind):
 
 
 def test_any_script_and_very_long_lines_are_read_whole(tmp_path):
-    samples = [("\U0001f600 \u05e9\u05dc\u05d5\u05dd \u202e abc \u2028 \x85 line", "\u4f60\u597d"), ("long " * 2_000_000, "x")]
+    samples = [("\U0001f600 \u05e9\u05dc\u05d5\u05dd \u202e abc \u2028 \x85 line", "\u4f60\u597d"),
+               ("long " * 2_000_000, "x")]
     text = "".join(json.dumps({"prompt": p, "target": t}, ensure_ascii=False) + "\n" for p, t in samples)
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "test.jsonl").write_text(text, encoding="utf-8", newline="\n")
@@ -116,7 +117,7 @@ def test_any_script_and_very_long_lines_are_read_whole(tmp_path):
 
 FINE = b'{"prompt": "p", "target": "t"}\n'
 BAD = {
-    "no target": (FINE + b'{"prompt": "p", "answer": "t"}\n', "line 2: the row has no 'target'; it has: prompt, answer"),
+    "no target": (FINE + b'{"prompt": "p", "answer": "t"}\n', "line 2: the row has no 'target'; it has: prompt, ans"),
     "no prompt": (FINE + b'{"target": "t"}\n', "line 2: the row has no 'prompt'"),
     "an empty object": (b"{}\n", "line 1: the row has no 'prompt'; it has: nothing"),
     "an empty target": (b"\n" + FINE + b'{"prompt": "p", "target": " "}\n', "line 3: 'target' must be a text"),
@@ -157,7 +158,7 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     ("--tasks {0}/t navigate --samples 19", "19 training samples are asked for, but task 't' has 18"),
     ("--tasks {0}/t navigate --max-length 2 --split validation", "a target of 2 tokens, max length 2"),
     ("--tasks {0}/only_test navigate", "task 'only_test' has no train samples; it has: 20 test"),
-    ("--tasks {0}/t navigate", "task 't' has no test samples; it has: 18 train, 2 validation; --split validation measures"),
+    ("--tasks {0}/t navigate", "task 't' has no test samples; it has: 18 train, 2 validation; --split valid"),
     ("--tasks {0}/one.jsonl navigate", "task 'one' has no (train|test|validation) samples"),
     ("--tasks {0}/free navigate --split validation --score choose", "task 'free' has no closed set of labels")])
 def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
@@ -178,7 +179,8 @@ def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
 
 def test_training_on_a_folder_and_an_embedded_task_together(tmp_path):
     for split in ("train", "test"):
-        write(tmp_path / "echo" / f"{split}.jsonl", [(f"say {w} {split} Answer:", w) for w in "one two three four".split() * 3])
+        words = "one two three four".split() * 3
+        write(tmp_path / "echo" / f"{split}.jsonl", [(f"say {word} {split} Answer:", word) for word in words])
     results = train.main(train.TrainConfig(
         tasks=(str(tmp_path / "echo"), "navigate"), method="lora", steps=2, batch_size=4, samples=4, device="cpu",
         out=str(tmp_path / "run")))

@@ -24,9 +24,11 @@ GPT2 = dict(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positio
             initializer_range=0.3)
 FAMILIES = {  # name: (its configuration, the layers that adapters go into without --targets, of two blocks)
     "Llama": (GATED, 6), "Mistral": (GATED | dict(sliding_window=16), 6), "Qwen2": (GATED, 6), "Qwen3": (GATED, 6),
-    "Gemma": (GATED, 6), "Gemma2": (GATED | dict(sliding_window=16), 6), "Gemma3Text": (GATED | dict(sliding_window=16), 6),
+    "Gemma": (GATED, 6), "Gemma2": (GATED | dict(sliding_window=16), 6),
+    "Gemma3Text": (GATED | dict(sliding_window=16), 6),
     "Olmo2": (GATED, 6), "Granite": (GATED, 6), "Phi3": (GATED, 8), "GPT2": (GPT2, 8),
-    "GPTNeoX": (SMALL | dict(intermediate_size=64), 8), "OPT": (SMALL | dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.3), 12),
+    "GPTNeoX": (SMALL | dict(intermediate_size=64), 8),
+    "OPT": (SMALL | dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.3), 12),
     "Bloom": (SMALL | dict(n_layer=2, n_head=4), 8), "Phi": (SMALL | dict(intermediate_size=64), 12),
 }
 
@@ -103,7 +105,8 @@ def test_likelihoods_from_the_cache_are_those_of_whole_sequences(family):
                 torch.testing.assert_close(value, whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family,method", [("GPT2", "meta"), ("GPTNeoX", "rlora"), ("Qwen2", "align"), ("Phi3", "mlora")])
+@pytest.mark.parametrize("family,method", [("GPT2", "meta"), ("GPTNeoX", "rlora"), ("Qwen2", "align"),
+                                           ("Phi3", "mlora")])
 def test_the_command_trains_on_a_folder_without_a_pad_token(tmp_path, family, method):
     make(family).save_pretrained(tmp_path / "a model")
     tokenizer = copy.deepcopy(TOKENIZER)
@@ -133,8 +136,9 @@ def test_a_name_that_is_no_folder_and_not_to_be_had_is_one_line(monkeypatch):
         def model_info(self, name, timeout):
             raise ConnectionError("no route to the Hub")
     monkeypatch.setattr(models, "HfApi", NoNetwork)
-    with pytest.raises(ValueError, match=r"unknown model 'someone/model': there is no such folder, and the Hugging Face "
-                                         r"Hub does not give it \(no route to the Hub\); there are: mini, the path"):
+    message = (r"unknown model 'someone/model': there is no such folder, and the Hugging Face Hub does not give it "
+               r"\(no route to the Hub\); there are: mini, the path")
+    with pytest.raises(ValueError, match=message):
         load_model("someone/model", "cpu")
 
 

@@ -9,8 +9,9 @@
     merge_adapters(model)                      # plain nn.Linear, where the method allows it
 
 A model is any `torch.nn.Module` that holds linear layers and calls them (`nn.MultiheadAttention` reads their weights
-instead, and cannot be adapted). Cast it to its type before the adapters go in: they are float32. Files are in PEFT's own format: `adapter_config.json` and
-`adapter_model.safetensors`. PEFT loads the LoRA ones; the multi-head ones carry a type of their own.
+instead, and cannot be adapted). Cast it to its type before the adapters go in: they are float32. Files are in PEFT's
+own format: `adapter_config.json` and `adapter_model.safetensors`. PEFT loads the LoRA ones; the multi-head ones carry a
+type of their own.
 """
 
 import json

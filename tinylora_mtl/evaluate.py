@@ -40,7 +40,7 @@ def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
         with evaluation_mode(model):
             written = model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # not the model's defaults
+                do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # greedy, plainly
                 max_new_tokens=max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + SLACK,
                 stop_strings=["\n"], tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id)[:, batch["input_ids"].shape[1]:]  # [batch, new tokens]
@@ -216,7 +216,7 @@ def main(argv=None):
     parser.add_argument("--adapter", type=Path, help="an adapter folder, for use without --run")
     parser.add_argument("--model", help="mini, a folder, or a Hub name (default: the run's model, or mini)")
     parser.add_argument("--tasks", nargs="+", help="names or paths of tasks (default: the run's tasks, or mini)")
-    parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's, or test)")
+    parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's; test)")
     parser.add_argument("--score", choices=SCORES, help="how to score (default: as in the run, or generate)")
     parser.add_argument("--shots", type=int, default=0, metavar="N", help="solved samples before each prompt")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts of each task with answers")

@@ -6,10 +6,11 @@ A template turns a row of the set into (prompt, target), or into None where the 
 names they have on the Hub: where the labels of the test split are not public (GLUE, BoolQ, PIQA, WinoGrande, ...) the
 task has no test samples, and what is measured on its validation split is called that.
 
-At most TAKE rows of a split are read, as a stream, so a large set is not downloaded whole; the `datasets` library keeps
-them in its cache, and the next run needs no network.
+At most TAKE rows of a split are used, drawn from its first POOL rows. These are read as a stream, so a large set is not
+downloaded whole; the `datasets` library keeps the drawn rows in its cache, and the next run needs no network.
 """
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -17,7 +18,7 @@ from typing import Callable
 from huggingface_hub import HfApi
 
 TAKE = {"train": 2000, "validation": 500, "test": 500}
-SHUFFLE_BUFFER = 10_000  # rows that a stream is shuffled in: some sets are sorted
+POOL = 10_000  # the first rows of a split, from which those are drawn
 LETTERS = "ABCDE"
 CONVERTED = {"revision": "refs/convert/parquet"}  # the Hub's own conversion of a set that has only a loading script
 
@@ -196,7 +197,7 @@ def hub_samples(name):
 
 
 def hub_rows(path, config, split, count, options):
-    """At most `count` rows of a split, drawn with a fixed seed; from the cache of `datasets` after the first time."""
+    """At most `count` rows of a split as a Dataset, from the cache of `datasets` after the first time."""
     from datasets import Dataset  # here, because it takes a second and most runs do not need it
 
     request = {"path": path, "config": config, "split": split, "count": count, "options": options}
@@ -204,10 +205,10 @@ def hub_rows(path, config, split, count, options):
 
 
 def stream_rows(path, config, split, count, options):
-    """Yield `count` rows of a split, reading little more of it than that."""
+    """Yield `count` rows of a split, drawn with a fixed seed from its first POOL rows."""
     from datasets import load_dataset
 
     if not Path(path).is_dir():
         HfApi().dataset_info(path, timeout=10)  # asked once: loading would try for minutes before it gave up
-    rows = load_dataset(path, config, split=split, streaming=True, **options)
-    yield from rows.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER).take(count)
+    rows = list(load_dataset(path, config, split=split, streaming=True, **options).take(POOL))
+    yield from random.Random(0).sample(rows, min(count, len(rows)))

@@ -64,7 +64,7 @@ def lora_scaling(alpha, rank, rank_stabilized):
 
 
 def is_linear(module):
-    """Whether a module can take an adapter: an nn.Linear, or GPT-2's Conv1D, which stores its weight as [d_in, d_out]."""
+    """Whether a module can take an adapter: an nn.Linear, or GPT-2's Conv1D, whose weight is [d_in, d_out]."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

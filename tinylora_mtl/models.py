@@ -55,7 +55,7 @@ def load(source, device, dtype, local_files_only):
         dtype = pick_dtype(dtype, config.dtype, device)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, **options,
-            adapter_kwargs={"local_files_only": local_files_only}).to(device).eval()  # peft, if there, looks for adapters
+            adapter_kwargs={"local_files_only": local_files_only}).to(device).eval()  # for peft, if it is there
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
         raise ValueError(f"the model in {source} cannot be loaded: {error}") from error

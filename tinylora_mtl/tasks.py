@@ -59,7 +59,8 @@ def task_name(name):
         return name
     if Path(name).exists():
         return Path(name).resolve().name.removesuffix(".jsonl")
-    known = ["mini", "mini-multilingual", *EMBEDDED, *(name for name in HUB_TASKS if name not in TASK_SETS["bbh"]), "bbh"]
+    from_hub = [name for name in HUB_TASKS if name not in TASK_SETS["bbh"]]
+    known = ["mini", "mini-multilingual", *EMBEDDED, *from_hub, "bbh"]
     raise ValueError(f"unknown task {name!r}; there are: {', '.join(known)}; or the path of a JSON Lines file, or of a "
                      "folder with train.jsonl and test.jsonl")
 
@@ -109,7 +110,7 @@ def make_task(name, samples, hold_out=()):
 
 
 def read_jsonl(path):
-    """[(prompt, target), ...] from a JSON Lines file in UTF-8; ValueError with the line number for a row that is bad."""
+    """[(prompt, target), ...] from a JSON Lines file in UTF-8; ValueError with the line number for a bad row."""
     samples = []
     with open(path, "rb") as file:  # lines end in \n only: a text may hold other characters that some call line breaks
         for number, line in enumerate(file, 1):
