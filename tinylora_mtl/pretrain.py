@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .cli import Parser, run_command
-from .mini_tasks import (CATEGORIES, LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement, number_problem,
-                         worded_sample)
+from .mini_tasks import (CATEGORIES, LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement,
+                         number_problem, worded_sample)
 
 # Sizes met in pre-training: smaller ones too, because a skill is learned from its easy cases first.
 SIZES = {"boolean_expressions": (1, 2, 2, 3, 3, 4), "word_sorting": (2, 3, 4, 5),
