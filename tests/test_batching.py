@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora_mtl.batching import BalancedBatches, collate, encode, label_logits, label_loss
+from tinylora_mtl import batching
+from tinylora_mtl.batching import BalancedBatches, collate, encode, label_logits, label_loss, split_batch
 from tinylora_mtl.tasks import Task
 
 
@@ -62,6 +63,43 @@ def test_batches_are_balanced_and_small_tasks_come_round_more_often():
     assert [len(counts) for counts in seen] == [3, 8, 5]
     assert set(seen[0].values()) == {24} and set(seen[1].values()) == {9}  # 72 / 3 and 72 / 8 times each
     assert set(seen[2].values()) <= {14, 15}
+
+
+def test_samples_of_like_length_meet_and_what_is_drawn_stays_the_same(monkeypatch):
+    """Two tasks with prompts of 1 to 40 letters: less padding than without the window, and every sample once a pass."""
+    tasks = [Task(name, [(letter * i, "x") for i in range(1, 41)], [], []) for name, letter in (("a", "a"), ("b", "b"))]
+    padding, drawn = [], []
+    for window in (1, batching.WINDOW):
+        monkeypatch.setattr(batching, "WINDOW", window)
+        batches = BalancedBatches(tasks, Letters(), 64, 0, "cpu")
+        dealt = [batches.balanced(10) for _ in range(8)]  # 8 batches of 5 + 5 are one pass
+        padding.append(sum(int((batch["attention_mask"] == 0).sum()) for batch in dealt))
+        drawn.append(Counter(tuple(i for i in ids if i) for batch in dealt for ids in batch["input_ids"].tolist()))
+        assert all(batch["task_ids"].tolist() == [0] * 5 + [1] * 5 for batch in dealt)
+        lengths = [batch["input_ids"].shape[1] for batch in dealt]
+        assert lengths != sorted(lengths)  # the short ones do not all come first
+    assert padding[1] < 0.4 * padding[0]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 80 and set(drawn[0].values()) == {1}
+
+
+def test_a_small_task_fills_its_batches_with_different_samples():
+    batches = BalancedBatches([task("a", 6), task("b", 40, "r")], Letters(), 32, 0, "cpu")
+    for _ in range(20):
+        ids = batches.balanced(8)["input_ids"][:4]
+        assert len({tuple(row) for row in ids.tolist()}) >= 3  # of 4; a new pass may begin within a batch
+
+
+def test_pieces_hold_the_same_tokens_with_less_padding():
+    rows = [encode(Letters(), ("q" * length, "xyz")) for length in (30, 2, 28, 5, 9, 3)]
+    batch = collate(rows, [0, 1, 2, 0, 1, 2], pad_id=0)
+    pieces = split_batch(batch, 3)
+    assert [piece["input_ids"].shape for piece in pieces] == [(2, 9), (2, 15), (2, 36)]
+
+    def tokens(parts):
+        return Counter((tuple(ids[mask.bool()].tolist()), tuple(labels[mask.bool()].tolist()), int(task_id))
+                       for part in parts for ids, mask, labels, task_id in
+                       zip(part["input_ids"], part["attention_mask"], part["labels"], part["task_ids"]))
+    assert tokens(pieces) == tokens([batch])
 
 
 def test_support_and_query_are_disjoint_and_drawn_anew():
