@@ -81,6 +81,10 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
 ALIGNMENTS = {"kl": kl_alignment, "mmd": mmd_alignment}
 
 
+class NoGradientError(RuntimeError):
+    """The alignment term would train nothing."""
+
+
 def _subset(group):
     return group if len(group) <= MMD_TOKENS else group[torch.randperm(len(group), device=group.device)[:MMD_TOKENS]]
 
@@ -123,12 +127,12 @@ def alignment_loss(features, batch, kind="kl"):
     """Mean over the adapted layers of the alignment of their features: the term that λ multiplies.
 
     features: what `collect_features` left; batch: as in `group_by_task`; kind: a key of ALIGNMENTS -> a scalar.
-    Raises RuntimeError if the features carry no gradient in training (reentrant gradient checkpointing does that):
+    Raises NoGradientError if the features carry no gradient in training (reentrant gradient checkpointing does that):
     the term would be a number in the log and nothing else.
     """
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
-        raise RuntimeError("the features have no gradient, so the alignment term would do nothing; "
-                           "use gradient checkpointing with use_reentrant=False")
+        raise NoGradientError("the features have no gradient, so the alignment term would do nothing; "
+                              "use gradient checkpointing with use_reentrant=False")
     align = ALIGNMENTS[kind]
     return torch.stack([align(group_by_task(z, batch)) for z in features.values()]).mean()
 

@@ -67,6 +67,15 @@ class BalancedBatches:
         self.rng, self.device = random.Random(seed), device
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
 
+    def state(self):
+        """Where the draw stands, for `set_state` of another of the same tasks, which then goes on alike."""
+        return {"rng": self.rng.getstate(), "waiting": [list(indices) for indices in self.waiting]}
+
+    def set_state(self, state):
+        """Go on from where `state()` was taken."""
+        self.rng.setstate(state["rng"])
+        self.waiting = [list(indices) for indices in state["waiting"]]
+
     def draw(self, task_id, count):
         """`count` rows of a task, different ones as long as it has that many."""
         indices = []

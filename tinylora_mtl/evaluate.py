@@ -4,7 +4,7 @@ The model writes its answer greedily, up to the end token; its first line is rig
 in white space aside. Without --run or --adapter the base model itself is scored.
 """
 
-import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from .adapters import load_adapter
 from .batching import collate, encode_prompt, encode_target
 from .cli import Parser, run_command
 from .models import load_model
+from .settings import TrainConfig, read_config
 from .tasks import load_tasks
 
 
@@ -96,16 +97,15 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
 
-    run = {}
-    if args.run:
-        if not (args.run / "config.json").is_file():
-            raise ValueError(f"{args.run} is not a run folder: it has no config.json")
-        run = json.loads((args.run / "config.json").read_text())
-    split, max_length = args.split or run.get("split", "test"), args.max_length or run.get("max_length", 512)
+    run = read_config(args.run) if args.run else TrainConfig()
+    split, max_length = args.split or run.split, run.max_length if args.max_length is None else args.max_length
     if max_length < 1 or args.show < 0:
         raise ValueError("--max-length must be at least 1 and --show at least 0")
-    tasks = load_tasks(args.tasks or run.get("tasks", ["mini"]))
-    model, tokenizer, _ = load_model(args.model or run.get("model", "mini"), args.device)
+    if args.run and not args.adapter and not (args.run / "adapter").is_dir():
+        raise ValueError(f"the run in {args.run} is not finished, so it has no adapter; python -m tinylora_mtl.train "
+                         f"--resume {shlex.quote(str(args.run))} goes on with it")
+    tasks = load_tasks(args.tasks or run.tasks)
+    model, tokenizer, _ = load_model(args.model or run.model, args.device)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
