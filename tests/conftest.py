@@ -1,10 +1,42 @@
 """What the tests share: a tiny random model, batches for it, and adapters that are no longer at their start."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylora_mtl import adapter_parameters
+from tinylora_mtl import adapter_parameters, train
+
+# Settings of a run that takes a second or two.
+TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
+            tasks_per_round=2, device="cpu", split="validation")
+
+
+def run(folder, **changes):
+    """A tiny run in this process; returns its results."""
+    return train.main(train.TrainConfig(**TINY | {"out": str(folder)} | changes))
+
+
+def flags_of(**settings):
+    """Settings as flags: rank=2 -> ["--rank", "2"]."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, (tuple, list)) else [str(value)])]
+    return flags
+
+
+def command(*flags, cwd, module="train"):
+    """A real command, run to its end."""
+    return subprocess.run([sys.executable, "-m", f"tinylora_mtl.{module}", *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)
+
+
+def tree(folder):
+    """{path: content} of all that is in a folder, to see whether anything was written or changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}
 
 
 def make_llama(seed=0, **changes):

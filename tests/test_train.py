@@ -1,12 +1,11 @@
 """`train` from end to end on the embedded model: it learns, says what it did, and does the same thing twice."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, command, run
 from safetensors.torch import load_file
 
 from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, train
@@ -15,19 +14,6 @@ from tinylora_mtl.evaluate import accuracies
 from tinylora_mtl.models import load_model
 from tinylora_mtl.tasks import load_tasks
 from tinylora_mtl.train import METHODS, TrainConfig, parse
-
-TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
-            tasks_per_round=2, device="cpu", split="validation")
-
-
-def run(folder, **changes):
-    return train.main(TrainConfig(**TINY | {"out": str(folder)} | changes))
-
-
-def command(*flags, cwd, module="train"):
-    return subprocess.run([sys.executable, "-m", f"tinylora_mtl.{module}", *flags], cwd=cwd, text=True,
-                          capture_output=True, timeout=300)
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method):

@@ -23,6 +23,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
 
+def whole(low, high=2 ** 63 - 1):
+    """A `type` for a flag: a whole number from `low` to `high`."""
+    def number(text):
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text:.20}")
+        return int(text)
+    number.__name__ = "int"  # argparse says "invalid int value" for what is none
+    return number
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the command. `number` is the signal's; the text, if any, says how to go on."""
 

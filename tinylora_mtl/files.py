@@ -38,6 +38,14 @@ def write_file(path, content):
             os.close(folder)
 
 
+def make_folder(path, exist_ok=True):
+    """Make the folder that a command was told to write to. OSError, with the remedy, if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise OSError(f"the folder {path} cannot be made: {error.strerror}; name another --out") from error
+
+
 def write_json(path, content):
     """`write_file`, for what `read_json` is to read."""
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())

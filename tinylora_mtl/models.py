@@ -37,7 +37,7 @@ def pick_device(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()  # `meta` has tensors, but no numbers in them
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
         raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .checkpoint import list_checkpoints
 from .cli import Stopped
-from .files import write_json
+from .files import make_folder, write_json
 from .settings import MAY_DIFFER, read_config
 
 try:
@@ -33,10 +33,7 @@ def open_run(config, resuming):
         if (folder / "config.json").exists() and not config.overwrite:
             raise FileExistsError(f"{folder} already holds a run; name another --out, or add --overwrite "
                                   "(or --resume, without other flags, to go on with it)")
-        try:
-            folder.mkdir(parents=True, exist_ok=config.out is not None)
-        except OSError as error:
-            raise OSError(f"the run folder {folder} cannot be made: {error.strerror}; name another --out") from error
+        make_folder(folder, exist_ok=config.out is not None)
     with locked(folder):
         try:
             if not resuming:
@@ -47,7 +44,7 @@ def open_run(config, resuming):
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            raise OSError(error.errno, f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") \
+            raise OSError(f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") \
                 from error
         except Stopped as stop:
             raise Stopped(stop.number, how_to_go_on(folder)) from stop
