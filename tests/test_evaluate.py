@@ -70,20 +70,6 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
     assert printed.count("[word_sorting] Sort the following words") == 2 and printed.count("the answer is") == 2
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--run", "nowhere"], "nowhere is not a run folder: it has no config.json"),
-    (["--adapter", "nowhere"], "nowhere is not an adapter folder: it has no adapter_config.json"),
-    (["--tasks", "x"], "unknown task 'x'"), (["--split", "x"], "invalid choice: 'x'"),
-    (["--show", "x"], "invalid int"), (["--show", "-1"], "--show at least 0"),
-    (["--max-length", "-5"], "--max-length must be at least 1")])
-def test_bad_input(capsys, flags, message):
-    from tinylora_mtl.cli import run_command
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: evaluate.main(flags))
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and message in captured.err and len(captured.err.strip().splitlines()) == 1
-
-
 def test_a_run_of_another_model_is_refused(tmp_path):
     from tinylora_mtl import AdapterConfig, add_adapters, save_adapter
     model = make_llama()

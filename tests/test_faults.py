@@ -1,7 +1,6 @@
 """Mistakes and mishaps: each ends in a line or two that name the thing and the remedy, and nothing is written."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, command, flags_of, run, tree
+from conftest import SETTINGS, TINY, command, flags_of, outcome, run, start, stopped_run, tree
 from safetensors.torch import load_file, save_file
-from test_resume import SETTINGS, few, kill, outcome, start, stopped_run  # noqa: F401 (few is a fixture)
 
 from tinylora_mtl import AdapterConfig, add_adapters, evaluate, load_adapter, pretrain, save_adapter, train
 from tinylora_mtl.checkpoint import list_checkpoints, load_checkpoint
@@ -75,7 +73,7 @@ ADAPTERS = {  # name: (method, how it is spoiled, what the line must say)
     "pissa": ("lora", entry(init_lora_weights="pissa"), "it uses init_lora_weights"),
     "start as a dict": ("lora", entry(init_lora_weights={}), "it uses init_lora_weights"),
     "huge heads": ("rlora", entry(heads=10 ** 8), "its heads is 100000000, not from 1 to 1024"),
-    "more heads": ("rlora", entry(heads=6), r"has shape \[5, 256, 2\], not \[6, 256, 2\]"),
+    "more heads": ("rlora", entry(heads=6), r"has shape \[5, 112, 2\], not \[6, 112, 2\]"),
     "heads as text": ("rlora", entry(heads="5"), "its heads is '5'"),
     "method of another type": ("rlora", entry(method="lora"), "its method 'lora' is none of its type's"),
     "unknown method": ("rlora", entry(method="os.system"), "its method 'os.system' is none"),
@@ -84,7 +82,7 @@ ADAPTERS = {  # name: (method, how it is spoiled, what the line must say)
     "other router": ("hydralora", lambda c, t: t.update({k: v[:-1] for k, v in t.items() if "router" in k}),
                      r"router.weight has shape \[4, 112\]|router.weight has shape \[4, 256\]"),
     "base steps out": ("lora", entry(base_model_name_or_path="../../home/me/model"), "its base_model_name_or_path is"),
-    "base with windows steps": ("lora", entry(base_model_name_or_path="a\\..\\..\\b"), "its base_model_name_or_path is"),
+    "base with backslashes": ("lora", entry(base_model_name_or_path="a\\..\\..\\b"), "its base_model_name_or_path is"),
     "base as a list": ("lora", entry(base_model_name_or_path=["mini"]), "its base_model_name_or_path is"),
     "target is a path": ("lora", entry(target_modules=["q_proj", PAYLOAD]), "its target_modules has '../../etc"),
     "target is absolute": ("lora", entry(target_modules=["/etc/passwd"]), "its target_modules has '/etc/passwd'"),
@@ -101,13 +99,13 @@ RAW = {  # name: (file, its bytes, what the line must say)
     "config a list": ("adapter_config.json", b"[]", "it holds a list, not an object"),
     "config empty": ("adapter_config.json", b"", "adapter_config.json is no file that can be read"),
     "config not utf-8": ("adapter_config.json", b'{"r": "\xff\xfe"}', "can't decode byte 0xff"),
-    "config deep": ("adapter_config.json", b'{"r": ' + b"[" * 10 ** 5 + b"]" * 10 ** 5 + b"}", "can be read.*recursion"),
+    "config deep": ("adapter_config.json", b'{"r": ' + b"[" * 10 ** 5 + b"]" * 10 ** 5 + b"}", "recursion"),
     "config long number": ("adapter_config.json", b'{"r": ' + b"9" * 10 ** 5 + b"}", "can be read: Exceeds the limit"),
     "config too large": ("adapter_config.json", b" " * 2_000_000 + b"{}", "it has over 1,000,000 bytes"),
     "weights cut off": ("adapter_model.safetensors", None, "is not an adapter that can be read"),
     "weights empty": ("adapter_model.safetensors", b"", "is not an adapter that can be read"),
     "weights a pickle": ("adapter_model.safetensors", b"\x80\x04cos\nsystem\n", "is not an adapter that can be read"),
-    "header of exabytes": ("adapter_model.safetensors", b"\xff" * 7 + b"\x0f" + b"{}", "is not an adapter that can be read"),
+    "header of exabytes": ("adapter_model.safetensors", b"\xff" * 7 + b"\x0f{}", "is not an adapter that can be read"),
     "header beyond the file": ("adapter_model.safetensors", (10 ** 6).to_bytes(8, "little") + b"{}",
                                "is not an adapter that can be read"),
     "tensor beyond the file": ("adapter_model.safetensors", lambda header: header.update(
@@ -134,7 +132,6 @@ def world(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
     (world / "file").write_text("not a folder")
     (world / "empty").mkdir()
-    model = load_model("mini", "cpu")[0]
     good = {}
     for method in ("lora", "rlora", "hydralora"):
         adapted = load_model("mini", "cpu")[0]
@@ -159,6 +156,10 @@ def world(tmp_path_factory):
         folder = shutil.copytree(MINI, world / "models" / name)
         if content is None:
             (folder / file).unlink()
+        elif file == "model.safetensors" and callable(content):
+            tensors = load_file(folder / file)
+            content(tensors)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         elif callable(content):
             changed = json.loads((folder / file).read_text())
             content(changed)
@@ -166,21 +167,16 @@ def world(tmp_path_factory):
         else:
             (folder / file).write_bytes(content)
 
-    with pytest.MonkeyPatch.context() as patch:  # a run in two steps of three, and a finished one
+    with pytest.MonkeyPatch.context() as patch:  # a finished run, and one that was killed
         patch.chdir(world)
         run("done", method="lora", steps=1)
-        original = train.multitask_step
-        patch.setattr(train, "meta_step", lambda *args: kill())
-        with pytest.raises(BaseException, match="^$"):
-            run("run", method="meta", checkpoint_every=1)
-        patch.setattr(train, "multitask_step", original)
+        stopped_run("run", 2, method="meta", checkpoint_every=1)
     for name, change in RUNS.items():
         folder = world / "runs-spoiled" / name
         folder.mkdir(parents=True)
         config = json.loads((world / "run" / "config.json").read_text())
         content = change(config) if callable(change) else change
         (folder / "config.json").write_bytes(json.dumps(config).encode() if content is None else content)
-    assert model is not None
     return world
 
 
@@ -193,16 +189,19 @@ MODELS = {  # name: (file, its new content, or how its JSON is changed, or None:
     "own code": ("config.json", lambda config: (config.pop("model_type"), config.update(
         auto_map={"AutoConfig": "trick.Config", "AutoModelForCausalLM": "trick.Model"}))),
     "no weights": ("model.safetensors", None), "weights cut off": ("model.safetensors", b"\x00" * 100),
+    "a tensor missing": ("model.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight")),
     "other width": ("config.json", lambda config: config.update(hidden_size=96)),
 }
 RUNS = {  # name: the content of config.json, or how it is changed
     "not json": b"{", "a list": b"[1, 2]", "deep": b"[" * 10 ** 5, "empty": b"", "not utf-8": b'{"a": "\xff"}',
     "unknown setting": lambda config: config.update(rnk=2), "rank as text": lambda config: config.update(rank="2"),
     "rank as truth": lambda config: config.update(rank=True), "rank of zero": lambda config: config.update(rank=0),
-    "steps beyond": lambda config: config.update(steps=10 ** 400), "tasks as text": lambda config: config.update(tasks="x"),
+    "steps beyond": lambda config: config.update(steps=10 ** 400),
+    "tasks as text": lambda config: config.update(tasks="x"),
     "no tasks": lambda config: config.update(tasks=[]), "task as number": lambda config: config.update(tasks=[1]),
     "method as list": lambda config: config.update(method=["lora"]), "lr as text": lambda config: config.update(lr="1"),
-    "model as number": lambda config: config.update(model=1), "other method": lambda config: config.update(method="dora"),
+    "model as number": lambda config: config.update(model=1),
+    "other method": lambda config: config.update(method="dora"),
     "no such model": lambda config: config.update(model="gone"), "split": lambda config: config.update(split="train"),
     "lr beyond": lambda config: config.update(lr=10 ** 400),
 }
@@ -244,7 +243,8 @@ FLAGS = {  # of train: what the line must say
     "--samples 501": "501 training samples are asked for, but task 'boolean_expressions' has 500",
     "--method meta --samples 20": "has 20 training samples, fewer than --support 16 plus --query 16",
     "--method meta --inner-steps -1": "--inner-steps must be at least 0, got -1",
-    "--method meta --inner-lr 0": "--inner-lr must be above 0", "--method meta --support 0": "--support must be at least 1",
+    "--method meta --inner-lr 0": "--inner-lr must be above 0",
+    "--method meta --support 0": "--support must be at least 1",
     "--method meta --query 0": "--query must be at least 1",
     "--method meta --tasks-per-round 0": "--tasks-per-round must be at least 1",
     "--seed 99999999999999999999": "--seed must be at most 9223372036854775807",
@@ -258,7 +258,8 @@ FLAGS = {  # of train: what the line must say
     "--out done": "done already holds a run; name another --out, or add --overwrite",
     "--out=": "--out is empty", "--resume nowhere": "nowhere is not a run folder: it has no config.json",
     "--resume empty": "empty is not a run folder", "--resume file": "file is not a run folder",
-    "--resume": "--resume: expected one argument", "--resume run --rank 4": "--rank would make it another run: run has 2, not 4",
+    "--resume": "--resume: expected one argument",
+    "--resume run --rank 4": "--rank would make it another run: run has 2, not 4",
     "--resume run --tasks mini": "--tasks would make it another run", "--resume run --out other": "--out would make",
     "--resume run --overwrite": "--overwrite would make it another run", "--resume done --seed 1": "--seed would make",
     "--resume run --checkpoint-every 0": "--checkpoint-every must be at least 1",
@@ -271,23 +272,26 @@ FLAGS = {  # of train: what the line must say
 }
 OTHERS = {  # of the other commands: what the line must say
     "evaluate --run nowhere": "nowhere is not a run folder: it has no config.json",
-    "evaluate --run run": "the run in run is not finished, so it has no adapter; python -m tinylora_mtl.train --resume run",
+    "evaluate --run run": "the run in run is not finished, so it has no adapter; python -m .*train --resume run goes",
     "evaluate --run done --adapter nowhere": "nowhere is not an adapter folder: it has no adapter_config.json",
     "evaluate --adapter empty": "empty is not an adapter folder: it has no adapter_config.json",
     "evaluate --adapter file": "file is not an adapter folder",
     "evaluate --adapter adapters/no%weights": f"it has no {WEIGHTS}",
     "evaluate --tasks x": "unknown task 'x'", "evaluate --split x": "invalid choice: 'x'",
-    "evaluate --show x": "invalid int", "evaluate --show -1": "--show", "evaluate --max-length 0": "--max-length must be",
+    "evaluate --show x": "invalid int", "evaluate --show -1": "--show",
+    "evaluate --max-length 0": "--max-length must be",
     "evaluate --max-length -5": "--max-length must be at least 1", "evaluate --device tpu": "device 'tpu' is not",
     "evaluate --nonsense": "unrecognized arguments: --nonsense",
     "pretrain --steps 0": "--steps: must be from 1 to", "pretrain --steps x": "--steps: invalid int value: 'x'",
-    "pretrain --batch-size 3": "--batch-size: must be from 4 to", "pretrain --seed 99999999999999999999": "--seed: must be",
+    "pretrain --batch-size 3": "--batch-size: must be from 4 to",
+    "pretrain --seed 99999999999999999999": "--seed: must be",
     "pretrain --out file": "the folder file cannot be made: File exists; name another --out",
     "pretrain --out file/model": "the folder file/model cannot be made: Not a directory; name another --out",
     "pretrain --out /proc/model": "the folder /proc/model cannot be made",
 }
 TABLE = {f"train {flags}": said for flags, said in FLAGS.items()} | OTHERS
-TABLE |= {f"evaluate --adapter adapters/{name.replace(' ', '%')}": said for name, (_, _, said) in (ADAPTERS | RAW).items()}
+TABLE |= {f"evaluate --adapter adapters/{name.replace(' ', '%')}": said
+          for name, (_, _, said) in (ADAPTERS | RAW).items()}
 TABLE |= {f"train --model models/{name.replace(' ', '%')}": f"models/{name}" for name in MODELS}
 TABLE |= {f"train --resume runs-spoiled/{name.replace(' ', '%')}": "gone" if name == "no such model" else
           f"runs-spoiled/{name}/config.json" for name in RUNS}
@@ -295,7 +299,8 @@ TABLE |= {f"evaluate --run runs-spoiled/{name.replace(' ', '%')}": f"runs-spoile
           for name in ("a list", "deep", "tasks as text", "model as number")}
 REAL = ["train --method dora", "train --model nowhere", "train --resume nowhere", "train --resume run --rank 4",
         "train --out done", "train --out file/run", "train --out /dev/full/run", "train --lr nan",
-        "train --resume runs-spoiled/deep", "train --model models/own%code", "evaluate --adapter adapters/nan",
+        "train --resume runs-spoiled/deep", "train --model models/own%code", "train --model models/a%tensor%missing",
+        "evaluate --adapter adapters/nan",
         "evaluate --run run", "evaluate --adapter adapters/header%of%exabytes", "pretrain --out file"]
 
 
@@ -377,9 +382,9 @@ def test_our_own_adapter_of_a_model_reached_over_dots_can_be_loaded(tmp_path, mo
 
 
 # -------------------------------------------------------------------------------------------------- no space left
-@pytest.mark.parametrize("path,step", [("checkpoints/step-000006.pt", 3), (f"adapter/{WEIGHTS}", 7), ("results.json", 7),
-                                       ("adapter/adapter_config.json", 7)])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tmp_path, capsys, few, path, step):  # noqa: F811
+@pytest.mark.parametrize("path,step", [("checkpoints/step-000006.pt", 3), (f"adapter/{WEIGHTS}", 7),
+                                       ("adapter/adapter_config.json", 7), ("results.json", 7)])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tmp_path, capsys, few, path, step):
     """The new file is a link to /dev/full, where every write fails as on a full disk."""
     run(tmp_path / "whole", **SETTINGS)
     folder = tmp_path / "run"
@@ -422,7 +427,7 @@ def test_a_file_that_may_not_grow_in_a_real_process(tmp_path, limit, made):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 20
 
 
-def test_a_run_folder_that_cannot_be_written_to(tmp_path, capsys, few):  # noqa: F811
+def test_a_run_folder_that_cannot_be_written_to(tmp_path, capsys, few):
     """A lock file that is a folder: even root cannot write it."""
     stopped_run(tmp_path, 5)
     (tmp_path / ".lock").unlink()
@@ -443,7 +448,7 @@ def spoil_loss(monkeypatch, *calls):
     monkeypatch.setattr(train, "label_loss", spoiled)
 
 
-def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys, few):  # noqa: F811
+def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys, few):
     spoil_loss(monkeypatch, 2, 4)
     results = run(tmp_path, method="lora", steps=5, log_every=5, skip_bad_steps=2, checkpoint_every=1)
     assert results["skipped_steps"] == 2
@@ -452,13 +457,11 @@ def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys,
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None]
     said = capsys.readouterr().err
     for step in (2, 4):
-        assert said.count(f"the loss is not finite at step {step}, in a batch of word_sorting, dyck_languages: skipped") == 1
-    before, after = [torch.load(path, weights_only=True) for path in ()] or [None, None]
-    assert before is after
+        assert said.count(f"loss is not finite at step {step}, in a batch of word_sorting, dyck_languages: skipped") == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values())
 
 
-def test_a_skipped_step_changes_neither_adapter_nor_optimiser(tmp_path, monkeypatch, few):  # noqa: F811
+def test_a_skipped_step_changes_neither_adapter_nor_optimiser(tmp_path, monkeypatch, few):
     spoil_loss(monkeypatch, 3)
     run(tmp_path, method="lora", steps=3, skip_bad_steps=1, checkpoint_every=1)
     last = load_checkpoint(tmp_path)
@@ -469,12 +472,11 @@ def test_a_skipped_step_changes_neither_adapter_nor_optimiser(tmp_path, monkeypa
     assert str(before["optimizer"]) == str(last["optimizer"])
 
 
-def test_no_more_than_that_many_are_skipped_over_all_lives(tmp_path, monkeypatch, few):  # noqa: F811
-    spoil_loss(monkeypatch, 2, 4, 6)
-    with pytest.raises(FloatingPointError, match="not finite at step 6, .* after 2 skipped before it; a lower --lr"):
+def test_no_more_than_that_many_are_skipped_over_all_lives(tmp_path, few):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="not finite at step 6, .* "
+                                                              "after 2 skipped before it; a lower --lr"):
+        spoil_loss(patch, 2, 4, 6)
         run(tmp_path / "a", method="lora", steps=7, skip_bad_steps=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "load_tasks", few_tasks)
     with pytest.MonkeyPatch.context() as patch:
         spoil_loss(patch, 2)
         stopped_run(tmp_path / "b", 4, method="lora", skip_bad_steps=1)
@@ -483,12 +485,7 @@ def test_no_more_than_that_many_are_skipped_over_all_lives(tmp_path, monkeypatch
         train.resume(tmp_path / "b")
 
 
-def few_tasks(*args):
-    from tinylora_mtl.tasks import load_tasks
-    return load_tasks(*args)
-
-
-def test_without_the_flag_the_first_bad_loss_stops_the_run(tmp_path, monkeypatch, few):  # noqa: F811
+def test_without_the_flag_the_first_bad_loss_stops_the_run(tmp_path, monkeypatch, few):
     spoil_loss(monkeypatch, 2)
     with pytest.raises(FloatingPointError, match="^the loss is not finite at step 2, in a batch of word_sorting, "
                                                  "dyck_languages; a lower --lr usually helps"):
@@ -496,7 +493,7 @@ def test_without_the_flag_the_first_bad_loss_stops_the_run(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("method", ["lora", "meta"])
-def test_a_gradient_that_is_not_finite_is_noticed_by_itself(tmp_path, monkeypatch, few, method):  # noqa: F811
+def test_a_gradient_that_is_not_finite_is_noticed_by_itself(tmp_path, monkeypatch, few, method):
     """Between two lines of the log MeTA-LoRA computes no loss, and only the norm of its gradient tells."""
     original, calls = torch.nn.utils.clip_grad_norm_, []
 
@@ -511,14 +508,14 @@ def test_a_gradient_that_is_not_finite_is_noticed_by_itself(tmp_path, monkeypatc
         run(tmp_path, method=method)
 
 
-def test_parts_that_no_step_moved_are_said_once(tmp_path, monkeypatch, capsys, few):  # noqa: F811
+def test_parts_that_no_step_moved_are_said_once(tmp_path, monkeypatch, capsys, few):
     run(tmp_path / "a", method="hydralora")
     assert "warning" not in capsys.readouterr().err
     spoil_loss(monkeypatch, 1, 2)
     run(tmp_path / "b", method="hydralora", steps=2, skip_bad_steps=2)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
-    assert re.match(r"warning: 175 of the adapter's tensors are still zero.*: model.layers.0.*heads\[0\], ", warnings[0])
+    assert re.match(r"warning: 175 of the adapter's tensors are still zero.*: model.*heads\[0\], ", warnings[0])
     assert re.match(r"warning: 105 of the adapter's tensors were changed by no step: ", warnings[1])
 
 
@@ -532,7 +529,7 @@ def test_idle_parts_names_the_one_head_that_is_zero():
     assert train.idle_parts({"x.lora_B.weight": torch.ones(1)}, {"x.lora_B.weight": torch.zeros(1)}) == []
 
 
-def test_an_alignment_without_gradient_is_one_line(tmp_path, monkeypatch, capsys, few):  # noqa: F811
+def test_an_alignment_without_gradient_is_one_line(tmp_path, monkeypatch, capsys, few):
     def load(*args):
         model, tokenizer, device = load_model(*args)
         model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -553,6 +550,3 @@ def test_what_a_stranger_wrote_moves_no_cursor(capsys):
     with pytest.raises(SystemExit):
         run_command(lambda: (_ for _ in ()).throw(ValueError("a\n\x1b[2Jb")))
     assert capsys.readouterr().err == "error: a ?[2Jb\n"
-
-
-assert os.name == "posix"

@@ -13,66 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, flags_of, run
+from conftest import SETTINGS, TINY, Killed, at_step, flags_of, kill, outcome, run, start, stopped_run
 
 from tinylora_mtl import checkpoint, train
 from tinylora_mtl.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.cli import Stopped, run_command
 from tinylora_mtl.run_folder import locked
 from tinylora_mtl.settings import MAY_DIFFER, TrainConfig, resume_config
-from tinylora_mtl.tasks import load_tasks
-
-# Seven steps, checkpoints at 3, 6 and 7, lines of metrics.jsonl at 1, 2, 4, 6 and 7; dropout, so that random states
-# count, and six samples of eight used up at step 3, so that the place in a pass counts.
-SETTINGS = dict(steps=7, checkpoint_every=3, log_every=2, dropout=0.2, warmup=0.3)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the package catches it."""
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Two samples of a task to score instead of a hundred: scoring is not what these tests are about."""
-    def load(*args):
-        return [replace(task, validation=task.validation[:2]) for task in load_tasks(*args)]
-    monkeypatch.setattr(train, "load_tasks", load)
-
-
-def at_step(monkeypatch, number, action):
-    """Have `action()` called in the middle of the n-th step that is computed from now on."""
-    count = itertools.count(1)
-    for name in ("multitask_step", "meta_step"):
-        def step(*args, original=getattr(train, name)):
-            result = original(*args)
-            if next(count) == number:
-                action()
-            return result
-        monkeypatch.setattr(train, name, step)
-
-
-def kill():
-    raise Killed
-
-
-def stopped_run(folder, step, **changes):
-    """A run that is killed in the middle of a step (counted from its start)."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, step, kill)
-        run(folder, **SETTINGS | changes)
-
-
-def outcome(folder):
-    """All that a run leaves, its times aside."""
-    results = json.loads((folder / "results.json").read_text())
-    del results["seconds"]
-    files = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl")
-    return results, *[(folder / file).read_bytes() for file in files]
 
 
 def steps_logged(folder):
@@ -162,7 +114,7 @@ def test_a_spoiled_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, ca
     newest = list_checkpoints(tmp_path / "run")[-1]
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.write_bytes({"cut": content[:len(content) // 2], "bit": bytes(content), "empty": b"", "text": b"x" * 999}[spoil])
+    newest.write_bytes({"cut": content[:len(content) // 2], "bit": content, "empty": b"", "text": b"x" * 999}[spoil])
     capsys.readouterr()
     train.resume(tmp_path / "run")
     printed = capsys.readouterr().out
@@ -376,8 +328,8 @@ def test_a_run_holds_its_folder_to_the_end_and_no_longer(tmp_path, monkeypatch, 
     held = []
 
     def probe(*args, original=train.write_json):
-        held.append(subprocess.run([sys.executable, "-c", HOLD.replace("LOCK_EX)", "LOCK_EX | fcntl.LOCK_NB)")
-                                    .replace("time.sleep(60)", "0"), tmp_path / ".lock"], capture_output=True).returncode)
+        ask = HOLD.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB").replace("time.sleep(60)", "0")
+        held.append(subprocess.run([sys.executable, "-c", ask, tmp_path / ".lock"], capture_output=True).returncode)
         return original(*args)
     monkeypatch.setattr(train, "write_json", probe)
     run(tmp_path)
@@ -398,11 +350,6 @@ def test_a_disk_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- real processes
 LONG = TINY | dict(steps=400, checkpoint_every=5, log_every=1, method="rlora", batch_size=2, tasks=("dyck_languages",))
-
-
-def start(*flags):
-    return subprocess.Popen([sys.executable, "-m", "tinylora_mtl.train", *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(condition, process, seconds=120):
@@ -436,13 +383,13 @@ def test_twenty_kills(tmp_path):
     assert start(*flags_of(**LONG, out=whole)).wait() == 0
     while kills < 20 or inside < 3:
         assert kills < 40, f"only {inside} of {kills} kills met a checkpoint being written"
-        before = (folder / "metrics.jsonl").stat().st_mtime_ns if kills > 1 else 0
+        log = folder / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
         process = start(*(["--resume", folder] if (folder / "config.json").exists() else flags_of(**LONG, out=folder)))
         if kills == 0:
             time.sleep(rng.uniform(0, 3))  # perhaps before there is a run at all
         else:
-            wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_mtime_ns > before,
-                     process)
+            wait_for(lambda: log.exists() and log.stat().st_mtime_ns > before, process)
             if kills % 2:
                 wait_for(lambda: list((folder / "checkpoints").glob("*.tmp")), process)
             else:
@@ -451,8 +398,8 @@ def test_twenty_kills(tmp_path):
         process.wait()
         kills += 1
         inside += bool(list((folder / "checkpoints").glob("*.tmp")))
-        if (folder / "metrics.jsonl").exists():
-            seen = re.findall(r'^\{"step": (\d+)', (folder / "metrics.jsonl").read_text(), re.MULTILINE)
+        if log.exists():
+            seen = re.findall(r'^\{"step": (\d+)', log.read_text(), re.MULTILINE)
             assert [int(step) for step in seen] == list(range(1, len(seen) + 1))
     last = start("--resume", folder)
     output, error = last.communicate()

@@ -20,11 +20,20 @@ def load_model(name, device="auto"):
         raise ValueError(f"unknown model {name!r}; there are: mini, or a local folder in Hugging Face format")
     device = pick_device(device)
     logging.disable_progress_bar()  # loading is too quick for a bar of its own
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is amiss is said below, in a line
+    options = {"local_files_only": True, "trust_remote_code": False}  # code that a model brings along is never run
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
-        raise ValueError(f"the model in {folder} cannot be loaded: {error}") from error
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file
+        raise ValueError(f"the model in {name} cannot be loaded: {str(error):.300}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the model in {name} lacks weights, {sorted(found['missing_keys'])[0]} for one: random ones "
+                         "would stand in for them; give the whole model")
+    model.to(device)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no end token, so no answer would ever end")
     if tokenizer.pad_token is None:

@@ -268,7 +268,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/pretrained", help="folder for the model (default: %(default)s)")
     parser.add_argument("--steps", type=whole(1), help="steps of each stage, to try the recipe (default: as in STAGES)")
     parser.add_argument("--batch-size", type=whole(4), default=128, help="samples in a step (default: %(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="seeds the samples and the weights (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seeds samples and weights (default: %(default)s)")
     args = parser.parse_args(argv)
     make_folder(args.out)  # now, not after most of an hour
     rng = random.Random(args.seed)
