@@ -126,11 +126,12 @@ def train(model, batches, tasks, config, folder, progress, stop):
             if log or not finite:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
-            if step % config.checkpoint_every == 0 or step == config.steps or stop.number:
+            stopping = stop.number  # asked once: a signal that comes after this is for the next step
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 progress["seconds"] = time.perf_counter() - progress["began"]
                 progress["metrics_bytes"] = synced_length(metrics)
                 save_checkpoint(folder, progress | capture(parameters, optimizer, schedule, batches))
-            if stop.number:
+            if stopping:
                 break
     stop.wait = False
     if stop.number:
