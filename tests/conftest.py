@@ -1,10 +1,46 @@
-"""What the tests share: a tiny random model, batches for it, and adapters that are no longer at their start."""
+"""What the tests share: a tiny random model and batches for it, and tiny runs, stopped in the middle if need be."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylora_mtl import adapter_parameters
+from tinylora_mtl import adapter_parameters, train
+from tinylora_mtl.tasks import load_tasks
+
+# Settings of a run that takes a second or two.
+TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
+            tasks_per_round=2, device="cpu", split="validation")
+
+
+def run(folder, **changes):
+    """A tiny run in this process; returns its results."""
+    return train.main(train.TrainConfig(**TINY | {"out": str(folder)} | changes))
+
+
+def flags_of(**settings):
+    """Settings as flags: rank=2 -> ["--rank", "2"]."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, (tuple, list)) else [str(value)])]
+    return flags
+
+
+def command(*flags, cwd, module="train"):
+    """A real command, run to its end."""
+    return subprocess.run([sys.executable, "-m", f"tinylora_mtl.{module}", *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)
+
+
+def tree(folder):
+    """{path: content} of all that is in a folder, to see whether anything was written or changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}
 
 
 def make_llama(seed=0, **changes):
@@ -45,3 +81,57 @@ def llama():
 @pytest.fixture
 def batch():
     return make_batch()
+
+
+# ------------------------------------------------------------------------------------ runs that are stopped
+# Seven steps, checkpoints at 3, 6 and 7, lines of metrics.jsonl at 1, 2, 4, 6 and 7; dropout, so that random states
+# count, and six samples of eight used up at step 3, so that the place in a pass counts.
+SETTINGS = dict(steps=7, checkpoint_every=3, log_every=2, dropout=0.2, warmup=0.3)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package catches it."""
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two samples of a task to score instead of a hundred: scoring is not what these tests are about."""
+    def load(*args):
+        return [replace(task, validation=task.validation[:2]) for task in load_tasks(*args)]
+    monkeypatch.setattr(train, "load_tasks", load)
+
+
+def at_step(monkeypatch, number, action):
+    """Have `action()` called in the middle of the n-th step that is computed from now on."""
+    count = itertools.count(1)
+    for name in ("multitask_step", "meta_step"):
+        def step(*args, original=getattr(train, name)):
+            result = original(*args)
+            if next(count) == number:
+                action()
+            return result
+        monkeypatch.setattr(train, name, step)
+
+
+def kill():
+    raise Killed
+
+
+def stopped_run(folder, step, **changes):
+    """A run that is killed in the middle of a step (counted from its start)."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, step, kill)
+        run(folder, **SETTINGS | changes)
+
+
+def outcome(folder):
+    """All that a run leaves, its times aside."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["seconds"]
+    files = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl")
+    return results, *[(folder / file).read_bytes() for file in files]
+
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, "-m", "tinylora_mtl.train", *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)

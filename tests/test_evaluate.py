@@ -81,7 +81,7 @@ def test_the_chosen_label_is_the_likeliest_whole_answer():
 def test_intervals_are_wilsons():
     """Values of the score interval for 10 trials, as in the tables; and it covers what it should."""
     for right, (low, high) in {0: (0.0, 0.2775), 5: (0.2366, 0.7634), 9: (0.5958, 0.9821), 10: (0.7225, 1.0)}.items():
-        assert interval(right / 10, 10) == pytest.approx((low, high), abs=1e-4)
+        assert interval(right / 10, 10) == pytest.approx([low, high], abs=1e-4)
     generator, truth, counts = torch.Generator().manual_seed(0), {"a": 0.98, "b": 0.5, "c": 0.75}, {}
     covered = 0
     for _ in range(2000):

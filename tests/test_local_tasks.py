@@ -144,7 +144,7 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     path = tmp_path / "t.jsonl"
     path.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.main(train.parse(["--tasks", str(path), "--out", str(tmp_path / "run")])))
+        run_command(lambda: train.command(["--tasks", str(path), "--out", str(tmp_path / "run")]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and len(printed.err.splitlines()) == 1
     assert re.match(f"error: .*t.jsonl(, | ){re.escape(message)}", printed.err), printed.err
@@ -169,8 +169,8 @@ def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
     write(tmp_path / "one.jsonl", rows(1))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.main(train.parse(
-            [*flags.format(tmp_path).split(), "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")])))
+        run_command(lambda: train.command(
+            [*flags.format(tmp_path).split(), "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and len(printed.err.splitlines()) == 1
     assert re.search(message.format(tmp_path), printed.err), printed.err

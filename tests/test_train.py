@@ -1,12 +1,11 @@
 """`train` from end to end on the embedded model: it learns, says what it did, and does the same thing twice."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, run
 from safetensors.torch import load_file
 
 from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, train
@@ -14,20 +13,8 @@ from tinylora_mtl.adapters import find_adapters
 from tinylora_mtl.evaluate import accuracies
 from tinylora_mtl.models import load_model
 from tinylora_mtl.tasks import load_tasks
-from tinylora_mtl.train import METHODS, TrainConfig, parse
-
-TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
-            tasks_per_round=2, device="cpu", split="validation")
-
-
-def run(folder, **changes):
-    return train.main(TrainConfig(**TINY | {"out": str(folder)} | changes))
-
-
-def command(*flags, cwd, module="train"):
-    return subprocess.run([sys.executable, "-m", f"tinylora_mtl.{module}", *flags], cwd=cwd, text=True,
-                          capture_output=True, timeout=300)
-
+from tinylora_mtl.settings import METHODS, TrainConfig
+from tinylora_mtl.train import parse
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method):
@@ -114,66 +101,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_tasks(tmp_pa
 
 
 def test_every_flag_has_help_and_the_defaults_are_those_of_the_config():
-    assert parse([]) == TrainConfig()
-    config = parse("--tasks navigate web_of_lies --batch-size 6 --lr 0.1 --overwrite --targets q_proj".split())
+    assert parse([]) == (TrainConfig(), False)
+    config, resuming = parse("--tasks navigate web_of_lies --batch-size 6 --lr 0.1 --overwrite --targets q_proj".split())
+    assert not resuming
     assert config == TrainConfig(tasks=["navigate", "web_of_lies"], batch_size=6, lr=0.1, overwrite=True,
                                  targets=["q_proj"])
     assert all(field.metadata["help"] for field in TrainConfig.__dataclass_fields__.values())
-
-
-BAD = {  # flags: what the one line must say
-    "--method dora": "unknown method 'dora'; there are: lora, hydralora, rlora, mlora, align, meta",
-    "--model nowhere": "unknown model .nowhere.: there is no such folder.*there are: mini",
-    "--tasks navigat": "unknown task 'navigat'; there are: mini, mini-multilingual, boolean_expressions",
-    "--tasks navigate navigate": "'navigate' is asked for more than once",
-    "--align cosine": "unknown align 'cosine'; there are: kl, mmd",
-    "--split train": "unknown split 'train'; there are: test, validation",
-    "--device tpu": "device 'tpu' is not to be had",
-    "--rank 0": "--rank must be at least 1, got 0",
-    "--heads 0 --method rlora": "--heads must be at least 1, got 0",
-    "--heads 1 --method rlora": "heads must be at least 2, got 1",
-    "--steps 0": "--steps must be at least 1, got 0",
-    "--steps many": "invalid int value: 'many'",
-    "--batch-size 0": "--batch-size must be at least 1, got 0",
-    "--batch-size 7": "--batch-size 7 cannot hold 8 tasks",
-    "--batch-size 15 --accumulation 12": "--batch-size 15 cannot hold 8 tasks in 12 piece",
-    "--tasks navigate": "align needs at least two tasks",
-    "--lr -1": "--lr must be above 0, got -1.0",
-    "--lr nan": "--lr must be above 0, got nan",
-    "--dropout 1": "dropout must be at least 0 and below 1, got 1.0",
-    "--align-weight nan": "--align-weight must be at least 0, got nan",
-    "--warmup 2": "--warmup must be from 0 to 1, got 2.0",
-    "--samples 0": "--samples must be at least 1, got 0",
-    "--samples 501": "501 training samples are asked for, but task 'boolean_expressions' has 500",
-    "--method meta --samples 20": "has 20 training samples, fewer than --support 16 plus --query 16",
-    "--method meta --inner-steps -1": "--inner-steps must be at least 0, got -1",
-    "--targets c_attn": "no linear layer matches the target 'c_attn'; the model has: down_proj, gate_proj",
-    "--max-length 3": "max length 3",
-    "--targets q_proj typo": "no linear layer matches the target 'typo'",
-    "--nonsense": "unrecognized arguments: --nonsense",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_one_line_and_status_2_and_writes_nothing(tmp_path, monkeypatch, capsys, flags):
-    from tinylora_mtl.cli import run_command
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.main(parse(flags.split())))
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert len(captured.err.strip().splitlines()) == 1 and captured.out == ""
-    import re
-    assert re.search(BAD[flags], captured.err), captured.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_real_command_refuses_in_one_line(tmp_path):
-    for flags in (["--method", "dora"], ["--model", "no such folder"]):
-        refused = command(*flags, cwd=tmp_path)
-        assert refused.returncode == 2 and refused.stdout == ""
-        assert refused.stderr.startswith("error: unknown") and len(refused.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_a_run_is_kept_unless_told(tmp_path):

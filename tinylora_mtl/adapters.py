@@ -14,15 +14,15 @@ own format: `adapter_config.json` and `adapter_model.safetensors`. PEFT loads th
 type of their own.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from .lora import LoRALinear, is_linear
+from .files import read_description, read_json, write_file, write_json
+from .lora import LoRALinear, is_linear, linear_shape
 from .multihead import MultiHeadLoRALinear
 
 # What sets the methods apart (`multihead.py` has the table); "dropout" says which of the two dropouts a method has.
@@ -33,8 +33,6 @@ METHODS = {
     "mlora": {"multihead": True, "rank_stabilized": True, "dropout": 0.1, "random_init": True, "routed": False},
 }
 PAPER_TARGETS = ("gate_proj", "up_proj", "down_proj")
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "use_qalora",
-               "alora_invocation_tokens", "lora_bias")  # options of PEFT's that change what a LoRA computes
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
 
 
@@ -80,6 +78,10 @@ def make_adapter(base, config):
     dropout = method["dropout"] if config.dropout is None else config.dropout
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    d_in, d_out = linear_shape(base)
+    most = max(256, 16 * min(d_in, d_out))  # more columns than a layer has say nothing new; so many are a mistake
+    if config.rank > most:
+        raise ValueError(f"rank {config.rank} is too large for a layer of {d_in} x {d_out}; the most is {most}")
     stabilized = method["rank_stabilized"] if config.rank_stabilized is None else config.rank_stabilized
     if not method["multihead"]:
         return LoRALinear(base, config.rank, config.alpha, dropout, stabilized)
@@ -177,11 +179,14 @@ def save_adapter(model, folder):
     if not adapters or not hasattr(model, "adapter_config"):
         raise ValueError("the model has no adapters to save that add_adapters put in")
     config, first = model.adapter_config, next(iter(adapters.values()))
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if base and ".." in Path(base).parts:
+        base = str(Path(base).resolve())  # `..` means another folder wherever the adapter is taken
     multihead = isinstance(first, MultiHeadLoRALinear)
     description = {
         "peft_type": "TINYLORA_MTL_MULTIHEAD" if multihead else "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model_name_or_path": base,
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout or 0.0,
         "use_rslora": first.rank_stabilized, "target_modules": list(adapters), "bias": "none",
         "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear), "inference_mode": True,
@@ -191,63 +196,75 @@ def save_adapter(model, folder):
                         first.head_dropout.p}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(folder / "adapter_config.json", description)
     tensors = {PREFIX + _file_key(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
 
 
 def load_adapter(model, folder):
     """Add the adapters that `save_adapter` wrote (or PEFT, for LoRA) to a model, in place.
 
     Returns {layer name: adapter}. Raises FileNotFoundError if a file is missing, and ValueError, before the model is
-    changed, for a file of another kind, an unknown adapter type, and layers or shapes that are not this model's.
+    changed, for anything that is not an adapter of this model: see `read_adapter`. No file that is loaded can run code.
     """
+    if find_adapters(model):
+        raise ValueError("the model already has adapters; remove_adapters(model) takes them out")
     folder = Path(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {file}")
+    description = read_json(folder / "adapter_config.json")
     try:
-        description = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-        kind = description["peft_type"]
-        if kind not in ("LORA", "TINYLORA_MTL_MULTIHEAD"):
-            raise ValueError(f"its type is {kind}, not LoRA or a multi-head adapter of this package")
-        unsupported = [key for key in UNSUPPORTED if description.get(key)]
-        if description.get("init_lora_weights") not in (None, True, False, "gaussian"):
-            unsupported += ["init_lora_weights"]  # PiSSA and its kin change the base weights
-        if unsupported:
-            raise ValueError(f"it uses {', '.join(unsupported)}, which this package does not have")
-        if not isinstance(description["r"], int) or not isinstance(description["lora_alpha"], (int, float)):
-            raise ValueError("r or lora_alpha is not a number")
-        config = AdapterConfig(
-            method="lora" if kind == "LORA" else description["method"], rank=description["r"],
-            alpha=description["lora_alpha"], dropout=description.get("lora_dropout", 0.0),
-            heads=description.get("heads", 1),
-            targets=tuple(sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in tensors
-                                  if ".lora_A" in key})),
-            rank_stabilized=description.get("use_rslora", False))
-        missing = [name for name in config.targets if name not in dict(model.named_modules())]
-        if missing or not config.targets:
-            raise ValueError(f"it is for another model: there is no layer {(missing or ['?'])[0]}")
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not an adapter that can be read: {error!r}") from error
+        config, tensors = read_adapter(description, folder / "adapter_model.safetensors", model)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is not an adapter that can be read: {str(error):.200}") from error
     except ValueError as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
-
     adapters = add_adapters(model, config)
-    wanted = {PREFIX + _file_key(name): parameter for name, parameter in adapter_parameters(model).items()}
-    wrong = [f"{key} is missing" for key in wanted if key not in tensors]
-    wrong += [f"{key} is not known" for key in tensors if key not in wanted]
-    wrong += [f"{key} has shape {list(tensors[key].shape)}, not {list(p.shape)}" for key, p in wanted.items()
-              if key in tensors and tensors[key].shape != p.shape]
-    if wrong:
-        remove_adapters(model)
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{folder} does not fit this model: {wrong[0]}{more}")
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(tensors[PREFIX + _file_key(name)])
     return adapters
+
+
+def read_adapter(description, file, model):
+    """(AdapterConfig, {key: tensor}) of an adapter that may come from a stranger, looked at before it is believed.
+
+    description: the dict of adapter_config.json; file: the tensors; model: what the adapter is to fit. Raises
+    ValueError for another kind of adapter, values of a wrong type or size, names that are paths or code, tensors that
+    are missing, too many, of another shape or not finite. Shapes are compared before any tensor is read.
+    """
+    values = read_description(description)
+    if METHODS.get(values["method"], {}).get("multihead") != (description["peft_type"] != "LORA"):
+        raise ValueError(f"its method {values['method']!r:.60} is none of its type's")
+    with safe_open(file, "pt") as stored:
+        shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
+        layers = sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in shapes if ".lora_A" in key})
+        linear = {name for name, module in model.named_modules() if name and is_linear(module)}
+        foreign = [name for name in layers if name not in linear]
+        if foreign or not layers:
+            raise ValueError(f"it is for another model: there is no layer {(foreign or ['?'])[0]:.100}")
+        config = AdapterConfig(**values, targets=tuple(layers))
+        wanted = {}
+        for name in target_names(model, config.targets):
+            base = torch.nn.Linear(*linear_shape(model.get_submodule(name)), device="meta")  # shapes, no memory
+            adapter = make_adapter(base, config)
+            wanted |= {PREFIX + _file_key(f"{name}.{part}"): tuple(parameter.shape)
+                       for part, parameter in adapter.named_parameters() if not part.startswith("base.")}
+        wrong = [f"{key} is missing" for key in wanted if key not in shapes]
+        wrong += [f"{key:.100} is not known" for key in shapes if key not in wanted]
+        wrong += [f"{key} has shape {list(shapes[key])}, not {list(shape)}" for key, shape in wanted.items()
+                  if key in shapes and shapes[key] != shape]
+        if wrong:
+            raise ValueError(f"it does not fit this model: {wrong[0]}"
+                             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+        tensors = {key: stored.get_tensor(key) for key in wanted}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{key} holds a number that is not finite")
+    return config, tensors
 
 
 def _file_key(name):

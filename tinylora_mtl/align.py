@@ -81,6 +81,10 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
 ALIGNMENTS = {"kl": kl_alignment, "mmd": mmd_alignment}
 
 
+class NoGradientError(RuntimeError):
+    """The alignment term would train nothing."""
+
+
 def _subset(group):
     return group if len(group) <= MMD_TOKENS else group[torch.randperm(len(group), device=group.device)[:MMD_TOKENS]]
 
@@ -124,12 +128,12 @@ def alignment_loss(features, batch, kind="kl"):
 
     features: what `collect_features` left, {layer: z [batch, length, r]}; batch: `attention_mask` [batch, length] says
     which tokens are real, `task_ids` [batch] whose they are; kind: a key of ALIGNMENTS -> a scalar.
-    Raises RuntimeError if the features carry no gradient in training (reentrant gradient checkpointing does that):
+    Raises NoGradientError if the features carry no gradient in training (reentrant gradient checkpointing does that):
     the term would be a number in the log and nothing else.
     """
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
-        raise RuntimeError("the features have no gradient, so the alignment term would do nothing; "
-                           "use gradient checkpointing with use_reentrant=False")
+        raise NoGradientError("the features have no gradient, so the alignment term would do nothing; "
+                              "use gradient checkpointing with use_reentrant=False")
     return alignment_of({name: real_tokens(z, batch) for name, z in features.items()}, owners(batch), kind)
 
 

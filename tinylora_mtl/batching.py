@@ -4,6 +4,7 @@ A batch is a dict of tensors: `input_ids`, `attention_mask` (1 for a real token)
 target), all [batch, length] and padded on the left, and `task_ids` [batch].
 """
 
+import copy
 import inspect
 import random
 
@@ -74,6 +75,15 @@ class BalancedBatches:
         self.rng, self.device = random.Random(seed), device
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
         self.dealt = []  # batches to come: for each, a list of indices for every task
+
+    def state(self):
+        """Where the draw stands, for `set_state` of another of the same tasks, which then goes on alike."""
+        return {"rng": self.rng.getstate(), "waiting": copy.deepcopy(self.waiting), "dealt": copy.deepcopy(self.dealt)}
+
+    def set_state(self, state):
+        """Go on from where `state()` was taken."""
+        self.rng.setstate(state["rng"])
+        self.waiting, self.dealt = copy.deepcopy(state["waiting"]), copy.deepcopy(state["dealt"])
 
     def draw(self, task_id, count):
         """Indices of `count` rows of a task, different ones as long as the pass has that many."""

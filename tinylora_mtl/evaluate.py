@@ -6,9 +6,9 @@ label that the model finds most likely. Without --run or --adapter the base mode
 trained on are best asked with solved examples before each prompt: --tasks bbh --shots 3 --max-length 1024.
 """
 
-import json
 import math
 import re
+import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
@@ -20,9 +20,9 @@ from .adapters import load_adapter
 from .batching import collate, encode_prompt, encode_target, forward
 from .cli import Parser, run_command
 from .models import load_model, pick_length
-from .tasks import load_tasks, require_samples, with_shots
+from .settings import TrainConfig, read_config
+from .tasks import SCORES, check_labels, load_tasks, require_samples, with_shots
 
-SCORES = ["generate", "choose"]
 SLACK = 4  # tokens that an answer may have beyond the longest target, for "(B)" where the target is "B"
 
 
@@ -131,13 +131,6 @@ def task_answers(model, tokenizer, task, split="test", max_length=512, score="ge
     return choose_answers(model, tokenizer, samples, task.labels, max_length)
 
 
-def check_labels(tasks, score):
-    """ValueError if answers are to be chosen from a task's labels, and they are not a closed set."""
-    for task in tasks:
-        if score == "choose" and not task.labels:
-            raise ValueError(f"task {task.name!r} has no closed set of labels to choose from; use --score generate")
-
-
 def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="generate"):
     """Share of a split's samples answered right, 0 to 1."""
     answers = task_answers(model, tokenizer, task, split, max_length, score)
@@ -155,7 +148,7 @@ def average(values):
 
 
 def interval(accuracy, count):
-    """The 95 % interval (low, high) of an accuracy measured on `count` samples, by Wilson's score.
+    """The 95 % interval [low, high] of an accuracy measured on `count` samples, by Wilson's score.
 
     It tells how far chance in drawing the test samples reaches, not how runs with other seeds differ. Source: Wilson,
     JASA 1927; unlike accuracy ± 1.96 standard errors it is not empty at 0 and 1, and does not leave 0 to 1.
@@ -163,7 +156,7 @@ def interval(accuracy, count):
     z = 1.96
     center = (accuracy + z * z / (2 * count)) / (1 + z * z / count)
     reach = z / (1 + z * z / count) * math.sqrt(accuracy * (1 - accuracy) / count + z * z / (4 * count * count))
-    return max(0.0, center - reach), min(1.0, center + reach)
+    return [max(0.0, center - reach), min(1.0, center + reach)]
 
 
 def average_interval(values, counts):
@@ -174,7 +167,7 @@ def average_interval(values, counts):
     limits = {name: interval(values[name], counts[name]) for name in values}
     low, high = (math.sqrt(sum((values[name] - limits[name][side]) ** 2 for name in values)) / len(values)
                  for side in (0, 1))
-    return max(0.0, mean - low), min(1.0, mean + high)
+    return [max(0.0, mean - low), min(1.0, mean + high)]
 
 
 def table(columns, counts):
@@ -226,22 +219,20 @@ def main(argv=None):
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
     args = parser.parse_args(argv)
 
-    run = {}
-    if args.run:
-        if not (args.run / "config.json").is_file():
-            raise ValueError(f"{args.run} is not a run folder: it has no config.json")
-        run = json.loads((args.run / "config.json").read_text())
-    split, score = args.split or run.get("split", "test"), args.score or run.get("score", "generate")
-    max_length = args.max_length if args.max_length is not None else run.get("max_length")
+    run = read_config(args.run) if args.run else TrainConfig()
+    split, score = args.split or run.split, args.score or run.score
+    max_length = run.max_length if args.max_length is None else args.max_length
     if (max_length is not None and max_length < 1) or args.show < 0 or args.shots < 0:
         raise ValueError("--max-length must be at least 1, --show and --shots at least 0")
-    tasks = load_tasks(args.tasks or run.get("tasks", ["mini"]))
+    if args.run and not args.adapter and not (args.run / "adapter").is_dir():
+        raise ValueError(f"the run in {args.run} is not finished, so it has no adapter; python -m tinylora_mtl.train "
+                         f"--resume {shlex.quote(str(args.run))} goes on with it")
+    tasks = load_tasks(args.tasks or run.tasks)
     require_samples(tasks, split)
     check_labels(tasks, score)
     if args.shots:
         tasks = [with_shots(task, split, args.shots) for task in tasks]
-    model, tokenizer, _ = load_model(args.model or run.get("model", "mini"), args.device,
-                                     args.dtype or run.get("dtype", "auto"))
+    model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, max_length)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:

@@ -49,16 +49,23 @@ def load_from_hub(name, device, dtype):
 def load(source, device, dtype, local_files_only):
     """(model, tokenizer, device) from a folder or a Hub name."""
     logging.disable_progress_bar()  # loading is too quick for a bar of its own
-    options = {"local_files_only": local_files_only, "trust_remote_code": False}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is amiss is said below, in a line
+    options = {"local_files_only": local_files_only, "trust_remote_code": False}  # code it brings along is never run
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        dtype = pick_dtype(dtype, config.dtype, device)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, **options,
-            adapter_kwargs={"local_files_only": local_files_only}).to(device).eval()  # for peft, if it is there
+        dtype = pick_dtype(dtype, AutoConfig.from_pretrained(source, **options).dtype, device)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options,
+            adapter_kwargs={"local_files_only": local_files_only})  # for peft, if it is there
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file, by its kind
-        raise ValueError(f"the model in {source} cannot be loaded: {error}") from error
+    except (ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file
+        raise ValueError(f"the model in {source} cannot be loaded: {str(error):.300}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the model in {source} lacks weights, {sorted(found['missing_keys'])[0]} for one: random ones "
+                         "would stand in for them; give the whole model")
+    model.to(device).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")
     if tokenizer.pad_token is None:
@@ -72,7 +79,7 @@ def pick_device(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()  # `meta` has tensors, but no numbers in them
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
         raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error

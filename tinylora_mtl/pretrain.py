@@ -23,7 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .cli import Parser, run_command
+from .cli import Parser, run_command, whole
+from .files import make_folder
 from .mini_tasks import (CATEGORIES, LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement,
                          number_problem, worded_sample)
 
@@ -265,11 +266,11 @@ def main(argv=None):
     """Make the tokenizer, train the model stage by stage, save both, print each skill's accuracy."""
     parser = Parser("pretrain", __doc__)
     parser.add_argument("--out", default="runs/pretrained", help="folder for the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of each stage, to try the recipe (default: as in STAGES)")
-    parser.add_argument("--batch-size", type=int, default=128, help="samples in a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seeds the samples and the weights (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="steps of each stage, to try the recipe (default: as in STAGES)")
+    parser.add_argument("--batch-size", type=whole(4), default=128, help="samples in a step (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seeds samples and weights (default: %(default)s)")
     args = parser.parse_args(argv)
-
+    make_folder(args.out)  # now, not after most of an hour
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(rng)

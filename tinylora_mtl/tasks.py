@@ -23,6 +23,7 @@ TASK_SETS = {"mini": list(SKILLS), "mini-multilingual": list(LANGUAGES),
              "bbh": [name for name in HUB_TASKS if name.startswith("bbh_")]}
 HELD_OUT = {"validation": 200, "test": 500}  # taken from the training samples where it is missing: 10 %, at most this
 MAX_LABELS = 20
+SCORES = ["generate", "choose"]  # see evaluate.py; the second needs a closed set of labels
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,17 @@ def task_name(name):
     """The name a task goes by: its own, or that of its folder or file. ValueError if there is no such task."""
     if name in EMBEDDED or name in HUB_TASKS:
         return name
-    if Path(name).exists():
+    if is_path(name):
         return Path(name).resolve().name.removesuffix(".jsonl")
     from_hub = [name for name in HUB_TASKS if name not in TASK_SETS["bbh"]]
     known = ["mini", "mini-multilingual", *EMBEDDED, *from_hub, "bbh"]
     raise ValueError(f"unknown task {name!r}; there are: {', '.join(known)}; or the path of a JSON Lines file, or of a "
                      "folder with train.jsonl and test.jsonl")
+
+
+def is_path(name):
+    """Whether a task is meant by its path, not by its name."""
+    return name not in TASK_SETS and name not in EMBEDDED and name not in HUB_TASKS and Path(name).exists()
 
 
 def load_task(name):
@@ -170,6 +176,13 @@ def require_samples(tasks, *splits):
                 hint = "; --split validation measures on those" if split == "test" and task.validation else ""
                 raise ValueError(f"task {task.name!r} has no {split} samples; it has: "
                                  f"{', '.join(there) or 'none'}{hint}")
+
+
+def check_labels(tasks, score):
+    """ValueError if answers are to be chosen from a task's labels, and they are not a closed set."""
+    for task in tasks:
+        if score == "choose" and not task.labels:
+            raise ValueError(f"task {task.name!r} has no closed set of labels to choose from; use --score generate")
 
 
 def with_shots(task, split, shots):

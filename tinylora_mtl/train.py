@@ -2,91 +2,47 @@
 
 Without any flag: Align-LoRA on the embedded model and its eight tasks, on a CPU, without a network, in about a
 minute. The same command with --method lora, hydralora, rlora, mlora or meta trains the other methods.
-Read `main` first, then `train`: that is all there is.
+Read `main` first, then `train`: that is all there is. A run that was stopped goes on with --resume FOLDER.
 """
 
 import json
+import sys
 import time
+from argparse import SUPPRESS
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from .adapters import METHODS as LAYER_METHODS
-from .adapters import AdapterConfig, adapter_parameters, add_adapters, save_adapter
-from .align import ALIGNMENTS, alignment_gradients, alignment_loss, collect_features, real_tokens
+from .adapters import adapter_parameters, add_adapters, save_adapter
+from .align import alignment_gradients, alignment_loss, collect_features, real_tokens
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
-from .cli import Parser, run_command
-from .evaluate import SCORES, accuracies, average, average_interval, check_labels, table, task_accuracy
+from .checkpoint import capture, load_checkpoint, open_metrics, restore, save_checkpoint, synced_length
+from .cli import Parser, Stopped, StopSignals, run_command
+from .evaluate import accuracies, average, average_interval, table, task_accuracy
+from .files import read_json, write_json
 from .meta import adapted_to, meta_gradients
-from .models import DTYPES, load_model, pick_length
-from .tasks import load_tasks, require_samples
-
-METHODS = [*LAYER_METHODS, "align", "meta"]  # the last two train plain LoRA layers, each in its own way
-MINI_LR = {"lora": 5e-3, "hydralora": 5e-3, "rlora": 5e-3, "mlora": 2e-3, "align": 5e-3, "meta": 5e-3}
-ALIGN_WEIGHT = {"kl": 0.2, "mmd": 0.01}  # λ as in the authors' script (KL) and as reported for the paper (MMD)
+from .models import load_model, pick_length
+from .run_folder import open_run
+from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, flag_of, resume_config
+from .tasks import load_tasks
 
 
-def option(default, text, **extra):
-    """A field of TrainConfig that is a command-line flag too, with its help text."""
-    return field(default=default, metadata={"help": text, **extra})
-
-
-@dataclass
-class TrainConfig:
-    """Everything that decides a run. Each field is a flag of the same name: --batch-size is `batch_size`."""
-
-    model: str = option("mini", "mini, a local folder in Hugging Face format, or a name on the Hugging Face Hub")
-    tasks: tuple = option(("mini",), "tasks: mini, mini-multilingual or any of their tasks, tasks from the Hub (sst2, "
-                                     "boolq, ...), JSON Lines files, folders with train.jsonl and test.jsonl")
-    method: str = option("align", "how to train", choices=METHODS)
-    rank: int = option(8, "r, the width of the adapters")
-    alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
-    dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)", type=float)
-    heads: int = option(5, "number of heads of hydralora, rlora and mlora")
-    targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
-                                  "on mini; else gate, up and down projections if there are any, as in the papers)")
-    steps: int = option(300, "optimiser steps (rounds, for meta)")
-    batch_size: int = option(64, "samples in a step, the same number of each task")
-    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory; without "
-                                 "dropout the result is the same")
-    lr: float = option(None, "peak learning rate (default: chosen for each method on mini, 5e-4 on other models)",
-                       type=float)
-    warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
-    clip: float = option(1.0, "largest norm of a step's gradient")
-    max_length: int = option(None, "prompts are cut from the left to this many tokens, answer included (default: 512, "
-                                   "or what the model has positions for)", type=int)
-    samples: int = option(None, "training samples per task (default: all; meta 50)", type=int)
-    align: str = option("kl", "the alignment loss, for --method align", choices=list(ALIGNMENTS))
-    align_weight: float = option(None, "its weight, lambda (default: kl 0.2, mmd 0.01)", type=float)
-    tasks_per_round: int = option(4, "meta: tasks sampled for a round")
-    support: int = option(16, "meta: samples of a task that the inner steps see")
-    query: int = option(16, "meta: samples of a task that the outer gradient is taken on")
-    inner_steps: int = option(3, "meta: steps of plain gradient descent on the support set")
-    inner_lr: float = option(0.005, "meta: their learning rate")
-    seed: int = option(0, "seeds the adapters' start, the batches, the dropout and which samples are kept")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
-                                "precision on a GPU that has it, else float32", choices=["auto", *DTYPES])
-    split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
-                        choices=["test", "validation"])
-    score: str = option("generate", "write the answer, or choose the likeliest of a task's labels", choices=SCORES)
-    log_every: int = option(10, "steps between two lines of metrics.jsonl")
-    out: str = option(None, "the run folder (default: the first free of runs/METHOD-TASKS-seedN)", type=str)
-    overwrite: bool = option(False, "replace a run that is already in --out")
-
-
-def main(config):
+def main(config, resuming=False, stop=None):
     """Train one adapter, measure before and after, write the run folder; returns what results.json holds.
 
-    Raises ValueError for settings that cannot work (before anything is written), FileExistsError for a folder that
-    already holds a run, FloatingPointError for a loss that is not finite.
+    resuming: go on with the run in config.out instead of starting one (`resume` does that). stop: a StopSignals, if
+    signals are to end the run between two steps. Raises ValueError for settings that cannot work (before anything is
+    written), FileExistsError for a folder that already holds a run, FloatingPointError for numbers that are not finite.
     """
     began = time.perf_counter()
     check(config)
+    if resuming and (Path(config.out) / "results.json").is_file():
+        print(f"the run in {config.out} is finished: nothing is left to do")
+        return read_json(Path(config.out) / "results.json")
     config = fill_in(config)
     tasks = load_tasks(config.tasks, config.samples, config.seed)
     check_sizes(config, tasks)
@@ -95,44 +51,57 @@ def main(config):
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
     batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
-    folder = make_run_folder(config)
-
-    trainable = sum(p.numel() for p in adapter_parameters(model).values())
-    total = sum(p.numel() for p in model.parameters())
-    sizes = [len(task.train) for task in tasks]
-    span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-    print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
-          f"{config.steps} steps at a learning rate of {config.lr:g}, on {device}\n"
-          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
-    counts = {task.name: len(getattr(task, config.split)) for task in tasks}
-    results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
-               "samples": counts, "trainable_parameters": trainable, "total_parameters": total}
-    scoring = config.split, config.max_length, config.score
-    columns = {"before": accuracies(model, tokenizer, tasks, *scoring)}
-    train(model, batches, tasks, config, folder)
-    columns["after"] = accuracies(model, tokenizer, tasks, *scoring)
-    if config.method == "meta":  # "after" is the shared adapter as it is; this is each task's own θ_i
-        columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, batches, config)
-    save_adapter(model, folder / "adapter")
-
-    results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
-    results |= {f"average_{name}_interval": list(average_interval(column, counts)) for name, column in columns.items()}
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with open_run(config, resuming) as folder:
+        counts = {task.name: len(getattr(task, config.split)) for task in tasks}
+        scoring = config.split, config.max_length, config.score
+        results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
+                   "samples": counts} | describe(config, model, tasks, device)
+        progress = load_checkpoint(folder) if resuming else None
+        if resuming:
+            print(f"resumed after step {progress['step']}" if progress else "no checkpoint yet: from the first step")
+        if not progress:
+            progress = {"step": 0, "skipped_steps": 0, "metrics_bytes": 0, "seconds": 0.0,
+                        "before": accuracies(model, tokenizer, tasks, *scoring)}
+        progress["began"] = began - progress["seconds"]  # as if it had never been stopped
+        train(model, batches, tasks, config, folder, progress, stop or StopSignals())
+        columns = {"before": progress["before"]}
+        columns["after"] = accuracies(model, tokenizer, tasks, *scoring)
+        if config.method == "meta":  # "after" is the shared adapter as it is; this is each task's own θ_i
+            columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, batches, config)
+        save_adapter(model, folder / "adapter")
+        results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
+        results |= {f"average_{name}_interval": average_interval(columns[name], counts) for name in columns}
+        results["skipped_steps"] = progress["skipped_steps"]
+        results["seconds"] = round(time.perf_counter() - progress["began"], 1)
+        write_json(folder / "results.json", results)  # the last file: with it, the run is finished
     print(table({name.replace("_", " "): column for name, column in columns.items()}, counts))
     print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n"
           f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
     return results
 
 
-def train(model, batches, tasks, config, folder):
-    """The training loop: AdamW on the adapters, linear warm-up, cosine decay, clipped gradients."""
+def resume(folder):
+    """Go on with the run in a folder from its last checkpoint, with its own settings; returns as `main` does."""
+    return main(resume_config(folder), resuming=True)
+
+
+def train(model, batches, tasks, config, folder, progress, stop):
+    """The training loop: AdamW on the adapters, linear warm-up, cosine decay, clipped gradients.
+
+    progress: the checkpoint to go on from, or the same without the states that `restore` needs; its `step` and
+    `skipped_steps` are kept up to date. Raises Stopped, the step finished and saved, if `stop` has noted a signal.
+    """
     parameters = adapter_parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
+    if "adapter" in progress:
+        restore(progress, parameters, optimizer, schedule, batches)
     model.train()
-    with open(folder / "metrics.jsonl", "w") as metrics:
-        bar = tqdm(range(1, config.steps + 1), desc=config.method, ncols=80)
+    stop.wait = True
+    bar = tqdm(range(progress["step"] + 1, config.steps + 1), desc=config.method, ncols=80,
+               initial=progress["step"], total=config.steps)
+    with open_metrics(folder, progress["metrics_bytes"]) as metrics, bar:
         for step in bar:
             log = step % config.log_every == 0 or step in (1, config.steps)
             # ---------------------------------------------------------------- a single training step
@@ -143,21 +112,74 @@ def train(model, batches, tasks, config, folder):
                 batch = batches.balanced(config.batch_size)
                 numbers, task_ids = multitask_step(model, batch, config), batch["task_ids"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-            if not torch.isfinite(norm + numbers["loss"]):
-                names = ", ".join(tasks[task_id].name for task_id in sorted(set(task_ids.tolist())))
-                raise FloatingPointError(f"the loss is not finite at step {step}, in a batch of {names}; "
-                                         "a lower --lr usually helps")
             lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
-            optimizer.step()
-            schedule.step()
+            finite = torch.isfinite(norm + numbers["loss"])
+            if finite:
+                optimizer.step()
+                schedule.step()
             # --------------------------------------------------------------------------------------
-            if log:
+            progress["step"] = step
+            if not finite:
+                what = "gradient" if torch.isfinite(numbers["loss"]) else "loss"
+                names = ", ".join(tasks[task_id].name for task_id in sorted(set(task_ids.tolist())))
+                skip(f"the {what} is not finite at step {step}, in a batch of {names}", progress, config)
+                numbers = {"skipped_steps": progress["skipped_steps"]}
+            elif log:
                 numbers = {name: round(float(value), 6) for name, value in numbers.items()}
                 numbers |= {"gradient_norm": round(norm.item(), 6), "lr": lr}
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+            if log or not finite:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+            stopping = stop.number  # asked once: a signal that comes after this is for the next step
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+                progress["seconds"] = time.perf_counter() - progress["began"]
+                progress["metrics_bytes"] = synced_length(metrics)
+                save_checkpoint(folder, progress | capture(parameters, optimizer, schedule, batches))
+            if stopping:
+                break
+    stop.wait = False
+    if stop.number:
+        raise Stopped(stop.number)
     model.eval()
+    for idle in idle_parts(parameters, start):
+        print(f"warning: {idle}", file=sys.stderr)
+
+
+def skip(problem, progress, config):
+    """Count a step that is passed over and say so; FloatingPointError if that is more than --skip-bad-steps."""
+    if progress["skipped_steps"] >= config.skip_bad_steps:
+        already = f", after {config.skip_bad_steps} skipped before it" if config.skip_bad_steps else ""
+        raise FloatingPointError(f"{problem}{already}; a lower --lr usually helps, and --skip-bad-steps N passes over "
+                                 "up to N such steps")
+    progress["skipped_steps"] += 1
+    tqdm.write(f"{problem}: skipped", file=sys.stderr)
+
+
+def idle_parts(parameters, start):
+    """What training should have moved and has not, a line for each kind: zero B or heads, and what is as at the start.
+
+    parameters, start: {name: tensor}, now and before the first step.
+    """
+    zero = [name for name, parameter in parameters.items() if name.endswith("lora_B.weight") and not parameter.any()]
+    zero += [f"{name}[{i}]" for name, parameter in parameters.items() if name.endswith("heads")
+             for i, head in enumerate(parameter) if not head.any()]
+    same = [name for name, parameter in parameters.items() if torch.equal(parameter, start[name])]
+    return [f"{len(names)} of the adapter's tensors {what}: {', '.join(names[:3])}{', …' if names[3:] else ''}"
+            for names, what in ((zero, "are still zero, so they do nothing"), (same, "were changed by no step"))
+            if names]
+
+
+def describe(config, model, tasks, device):
+    """Print what is going to happen; returns the numbers of parameters, for the results."""
+    trainable = sum(p.numel() for p in adapter_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    sizes = [len(task.train) for task in tasks]
+    span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
+          f"{config.steps} steps at a learning rate of {config.lr:g}, on {device}\n"
+          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
+    return {"trainable_parameters": trainable, "total_parameters": total}
 
 
 def multitask_step(model, batch, config):
@@ -214,84 +236,17 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
     return scores
 
 
-def adapter_config(config):
-    """The adapters of a run: Align-LoRA and MeTA-LoRA have plain LoRA layers."""
-    method = config.method if config.method in LAYER_METHODS else "lora"
-    return AdapterConfig(method, config.rank, config.alpha, config.dropout, config.heads, config.targets)
-
-
-def fill_in(config):
-    """The config with every default that depends on the method or the model in its place."""
-    mini = config.model == "mini"
-    defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
-                "samples": 50 if config.method == "meta" else None, "targets": ("all-linear",) if mini else None}
-    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-
-
-# ------------------------------------------------------------------------------------- before the first step
-def check(config):
-    """ValueError, naming the flag, for a value that cannot work."""
-    for item in fields(config):
-        value, choices = getattr(config, item.name), item.metadata.get("choices")
-        if choices and value not in choices:
-            raise ValueError(f"unknown {item.name} {value!r}; there are: {', '.join(choices)}")
-    flags = {name: f"--{name.replace('_', '-')}" for name in asdict(config)}
-    for name in ("rank", "heads", "steps", "batch_size", "accumulation", "max_length", "samples", "tasks_per_round",
-                 "support", "query", "log_every"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{flags[name]} must be at least 1, got {getattr(config, name)}")
-    for name in ("lr", "inner_lr", "clip", "alpha"):
-        if getattr(config, name) is not None and not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{flags[name]} must be above 0, got {getattr(config, name)}")
-    for name in ("align_weight", "inner_steps"):
-        if getattr(config, name) is not None and not 0 <= getattr(config, name) < float("inf"):
-            raise ValueError(f"{flags[name]} must be at least 0, got {getattr(config, name)}")
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(f"--warmup must be from 0 to 1, got {config.warmup}")
-
-
-def check_sizes(config, tasks):
-    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from."""
-    require_samples(tasks, "train", config.split)
-    if config.method == "meta":
-        for task in tasks:
-            if len(task.train) < config.support + config.query:
-                raise ValueError(f"task {task.name!r} has {len(task.train)} training samples, fewer than --support "
-                                 f"{config.support} plus --query {config.query}")
-    elif config.batch_size // len(tasks) * len(tasks) < max(len(tasks), config.accumulation):
-        raise ValueError(f"--batch-size {config.batch_size} cannot hold {len(tasks)} tasks in {config.accumulation} "
-                         "piece(s); each task needs the same number of places, and each piece a sample")
-    check_labels(tasks, config.score)
-    if config.method == "align" and len(tasks) < 2:
-        raise ValueError("align needs at least two tasks: with one there is nothing to align")
-
-
-def make_run_folder(config):
-    """The run folder, made now, with config.json in it. FileExistsError if it holds a run and --overwrite is off."""
-    if config.out is None:
-        names = "-".join(Path(name).name for name in config.tasks)[:40]
-        name = f"{config.method}-{names}-seed{config.seed}"
-        folder, number = Path("runs") / name, 2
-        while folder.exists():
-            folder, number = Path("runs") / f"{name}-{number}", number + 1
-    else:
-        folder = Path(config.out)
-        if (folder / "config.json").exists() and not config.overwrite:
-            raise FileExistsError(f"{folder} already holds a run; name another --out, or add --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in ("results.json", "metrics.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
-        (folder / old).unlink(missing_ok=True)  # never an old result beside a new config
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    return folder
-
-
 def parse(argv=None):
-    """Command line -> TrainConfig; argparse itself answers unknown flags and values, with exit status 2."""
+    """Command line -> (TrainConfig, whether it is a run to go on with).
+
+    argparse itself answers unknown flags and values, with exit status 2; ValueError as in `resume_config`.
+    """
     parser = Parser("train", __doc__)
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, which has its settings")
     for item in fields(TrainConfig):
-        flag, extra = f"--{item.name.replace('_', '-')}", dict(item.metadata)
+        flag, extra = flag_of(item.name), dict(item.metadata)
         if item.type is bool:
-            parser.add_argument(flag, action="store_true", help=extra["help"])
+            parser.add_argument(flag, action="store_true", help=extra["help"], default=SUPPRESS)
             continue
         if item.type is tuple:
             extra |= {"nargs": "+", "type": str}
@@ -299,9 +254,19 @@ def parse(argv=None):
             extra["help"] += f": {', '.join(extra.pop('choices'))}"
         if item.default is not None:
             extra["help"] += f" (default: {' '.join(item.default) if item.type is tuple else item.default})"
-        parser.add_argument(flag, **{"type": item.type, "default": item.default, **extra})
-    return TrainConfig(**vars(parser.parse_args(argv)))
+        # without a default here, what comes out of the parser is what was given, and --resume can tell
+        parser.add_argument(flag, **{"type": item.type, "default": SUPPRESS, **extra})
+    given = vars(parser.parse_args(argv))
+    folder = given.pop("resume")
+    return (TrainConfig(**given), False) if folder is None else (resume_config(folder, **given), True)
+
+
+def command(argv=None):
+    """The command: a signal ends it between two steps, with a checkpoint."""
+    config, resuming = parse(argv)
+    with StopSignals() as stop:
+        main(config, resuming, stop)
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse()))
+    run_command(command)

@@ -1,0 +1,103 @@
+"""The folder of a run: made or gone on with, held by one process at a time, and named when it has to be left early."""
+
+import errno
+import shlex
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from .checkpoint import list_checkpoints
+from .cli import Stopped
+from .files import make_folder, write_json
+from .settings import MAY_DIFFER, read_config
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, or a limit on the size of a file
+
+
+@contextmanager
+def open_run(config, resuming):
+    """Within the block, the run folder (yielded) is this process's alone; a new run's has its config.json.
+
+    Raises FileExistsError for a folder that already holds a run (unless --overwrite), BlockingIOError for one that
+    another process is using, OSError for one that cannot be made. An OSError for want of space, and a signal, leave
+    the block with a message that says how to go on.
+    """
+    folder = Path(config.out) if config.out is not None else free_folder(config)
+    if not resuming:
+        if (folder / "config.json").exists() and not config.overwrite:
+            raise FileExistsError(f"{folder} already holds a run; name another --out, or add --overwrite "
+                                  "(or --resume, without other flags, to go on with it)")
+        make_folder(folder, exist_ok=config.out is not None)
+    with locked(folder):
+        try:
+            if not resuming:
+                clear(folder)
+            if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
+                write_json(folder / "config.json", asdict(config))
+            yield folder
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise OSError(f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") \
+                from error
+        except Stopped as stop:
+            raise Stopped(stop.number, how_to_go_on(folder)) from stop
+
+
+def how_to_go_on(folder):
+    return f"to go on: python -m tinylora_mtl.train --resume {shlex.quote(str(folder))}"
+
+
+def free_folder(config):
+    """The first free of runs/METHOD-TASKS-seedN, -2, -3, …"""
+    names = "-".join(Path(name).name for name in config.tasks)
+    name = f"{config.method}-{names[:40]}-seed{config.seed}"
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def clear(folder):
+    """Take an old run out of a folder: never an old result or checkpoint beside a new config."""
+    for old in ("config.json", "results.json", "metrics.jsonl", "adapter/adapter_config.json",
+                "adapter/adapter_model.safetensors"):
+        (folder / old).unlink(missing_ok=True)
+    for old in list_checkpoints(folder):
+        old.unlink()
+
+
+@contextmanager
+def locked(folder):
+    """Within the block no other process can enter one for the same folder; however this one ends, the lock goes too.
+
+    Raises BlockingIOError if another process is in.
+    """
+    try:
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}; it needs a disk that can") from error
+    with file:
+        if not take(file):
+            raise BlockingIOError(f"another process is using {folder}; wait until it has ended, or stop it")
+        yield
+
+
+def take(file):
+    """Take the system's lock on an open file, which lasts until it is closed; False if another process has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a network disk without locks: better unguarded than not at all
+    return True
