@@ -99,7 +99,6 @@ def open_metrics(folder, length):
 
 
 def synced_length(metrics):
-    """The bytes in an open file so far, all of them on the disk from now on."""
-    metrics.flush()
+    """The bytes in an open file so far (flushed after every line), all of them on the disk from now on."""
     os.fsync(metrics.fileno())
     return os.fstat(metrics.fileno()).st_size
