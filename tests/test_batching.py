@@ -83,10 +83,18 @@ def test_samples_of_like_length_meet_and_what_is_drawn_stays_the_same(monkeypatc
 
 
 def test_a_small_task_fills_its_batches_with_different_samples():
-    batches = BalancedBatches([task("a", 6), task("b", 40, "r")], Letters(), 32, 0, "cpu")
-    for _ in range(20):
-        ids = batches.balanced(8)["input_ids"][:4]
-        assert len({tuple(row) for row in ids.tolist()}) >= 3  # of 4; a new pass may begin within a batch
+    """Also where a new pass begins in the middle of a batch or of a window."""
+    for sizes in ((6, 40), (37, 100), (9, 9)):
+        tasks = [Task(name, [(letter * i, "x") for i in range(1, size + 1)], [], [])
+                 for name, letter, size in zip("ab", "ab", sizes)]
+        batches, counts = BalancedBatches(tasks, Letters(), 200, 0, "cpu"), Counter()
+        for _ in range(200):
+            rows = [tuple(i for i in row if i) for row in batches.balanced(8)["input_ids"].tolist()]
+            assert len(set(rows)) == 8
+            counts.update(rows)
+        for task_id, size in enumerate(sizes):
+            seen = [count for row, count in counts.items() if (3 + ord("ab"[task_id]) % 47) in row]
+            assert len(seen) == size and max(seen) - min(seen) <= 2
 
 
 def test_pieces_hold_the_same_tokens_with_less_padding():

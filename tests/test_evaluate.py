@@ -8,8 +8,8 @@ from conftest import make_llama
 
 from tinylora_mtl import evaluate, train
 from tinylora_mtl.batching import encode_target
-from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, generate_answers, interval,
-                                   is_right, table, task_accuracy)
+from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, count_cut, generate_answers,
+                                   interval, is_right, table, task_accuracy)
 from tinylora_mtl.models import load_model
 from tinylora_mtl.tasks import Task, load_tasks, with_shots
 from tinylora_mtl.train import TrainConfig
@@ -26,7 +26,9 @@ from tinylora_mtl.train import TrainConfig
     ("3.50", "3.5", True), ("3.50", "3.50", True), ("3", "3.50", False), ("3.05", "3.5", False), ("3.", "3", True),
     ("(B)", "B", True), ("B", "(B)", True), ("(b)", "(B)", True), ("(A)", "B", False), ("(A) (B)", "B", False),
     ("A", "(B)", False), ("B) x", "B", False), (") ]", ") ]", True), (") ]", "] )", False), ("( )", "", False),
-    ("100", "1E2", False), ("not_entailment", "entailment", False), ("0", "-0", False)])
+    ("100", "1E2", False), ("not_entailment", "entailment", False), ("0", "-0", True), ("007", "7", False),
+    ("0110", "110", False), ("", ".", False), (".", ".", True), ("12345678901234567890123456789012", "1" * 32, False),
+    ("12345678901234567890123456789012", "12345678901234567890123456789013", False)])
 def test_normalized_exact_match(answer, target, right):
     assert is_right(answer, target) is right
 
@@ -45,14 +47,65 @@ def script(model, tokenizer, text):
 
 
 @pytest.mark.parametrize("written,answer,passes", [
-    (" Yes\nAnswer: No\nAnswer: No", "Yes", 2), ("\nYes", "", 1), (" Yes No No No No No No No No No", "Yes No", None)])
+    (" Yes\nAnswer: No\nAnswer: No", "Yes", 2), ("\nYes", "", 1), (" Yes<pad> No", "Yes", None),
+    (" Yes No No No No No No No No No", "Yes No No No No No …", None)])
 def test_nothing_invented_after_the_answer_is_read(written, answer, passes):
     """Writing stops at the first line break, in the middle of what the model would go on to invent."""
     model, tokenizer, _ = load_model("mini", "cpu")
     calls = script(model, tokenizer, written)
     got = generate_answers(model, tokenizer, [("navigate Answer:", "Yes"), ("x Answer:", "No")])
-    assert got[0].startswith(answer) and "Answer" not in got[0] and (passes is None or got == [answer] * 2)
+    assert got == [answer] * 2
     assert len(calls) == (passes or 2 + SLACK)  # " Yes" and its end token, and the slack
+
+
+def test_an_answer_that_is_cut_off_is_never_right():
+    """' 3.0000000' breaks off after '3.000', which would be the number 3."""
+    model, tokenizer, _ = load_model("mini", "cpu")
+    script(model, tokenizer, " 3.00000000000001")
+    answer, = generate_answers(model, tokenizer, [("x Answer:", "3")])
+    assert answer.startswith("3.0") and answer.endswith(" …") and not is_right(answer, "3")
+
+
+def test_the_end_of_a_chat_models_turn_ends_its_answer():
+    model, tokenizer, _ = load_model("mini", "cpu")
+    no = tokenizer(" No", add_special_tokens=False)["input_ids"][0]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, no]
+    calls = script(model, tokenizer, " Yes No Yes Yes Yes")
+    assert generate_answers(model, tokenizer, [("x Answer:", "Yes")]) == ["Yes"] and len(calls) == 2
+
+
+def test_prompts_give_way_to_the_targets_of_their_own_batch_only():
+    """One long target among short ones, as training has it; a target without room is refused before anything runs."""
+    model, tokenizer, _ = load_model("mini", "cpu")
+    prompts = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: prompts.append(kwargs["input_ids"].shape),
+                                          with_kwargs=True)
+    samples = [("word " * 10 + "Answer:", "x"), ("word " * 10 + "Answer:", "x"), ("Answer:", "word " * 12)]
+    whole, target = len(tokenizer(samples[0][0])["input_ids"]), len(encode_target(tokenizer, samples[2][1]))
+    longest = target + SLACK + 10  # ten tokens are left where the long target is
+    generate_answers(model, tokenizer, samples, longest, batch_size=2)
+    read = [length for _, length in prompts if length > 1]
+    assert read == [10, whole] and whole > 20
+    task = Task("t", [], [], samples)
+    assert count_cut(tokenizer, [task], "test", longest) == 0
+    assert count_cut(tokenizer, [Task("t", [], [], samples[:2])], "test", whole + SLACK) == 2
+    with pytest.raises(ValueError, match=f"task 't': a target of {target} tokens, and 4 to spare, leaves no room"):
+        count_cut(tokenizer, [task], "test", target + SLACK)
+
+
+def test_likelihoods_that_are_not_finite_choose_nothing():
+    model, tokenizer, _ = load_model("mini", "cpu")
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite, so none can be chosen; .* try --dtype float32"):
+        choose_answers(model, tokenizer, [("x Answer:", "Yes")], ("No", "Yes"))
+
+
+def test_a_model_without_keys_and_values_cannot_choose():
+    from transformers import MambaConfig, MambaForCausalLM
+    _, tokenizer, _ = load_model("mini", "cpu")
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match="no keys and values to go on from; use --score generate"):
+        choose_answers(model, tokenizer, [("x Answer:", "Yes")], ("No", "Yes"))
 
 
 def test_the_chosen_label_is_the_likeliest_whole_answer():
@@ -148,6 +201,13 @@ def test_shots_are_training_samples_or_else_not_scored():
         assert len(examples) == 3 and f"{question} {target}" not in examples
     with pytest.raises(ValueError, match="task 't' has 2 samples, too few for 2 shots"):
         with_shots(Task("t", [], [], task.test), "test", 2)
+
+
+def test_a_sample_that_comes_twice_is_one_shot():
+    twice = with_shots(Task("t", [("a", "x"), ("a", "x"), ("b", "y")], [], [("q", "z")]), "test", 2)
+    assert twice.test in ([("a x\n\nb y\n\nq", "z")], [("b y\n\na x\n\nq", "z")])
+    with pytest.raises(ValueError, match="has 2 samples, too few for 3 shots"):
+        with_shots(Task("t", [("a", "x"), ("a", "x"), ("b", "y")], [], [("q", "z")]), "test", 3)
 
 
 def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):

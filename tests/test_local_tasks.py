@@ -58,6 +58,14 @@ def test_training_prompts_that_are_tested_are_dropped(tmp_path):
     assert load_tasks([str(tmp_path / "t")])[0].train == rows(40)[9:]
 
 
+def test_no_test_prompt_gets_into_validation(tmp_path):
+    write(tmp_path / "t" / "train.jsonl", rows(100))
+    write(tmp_path / "t" / "test.jsonl", rows(50))
+    task, = load_tasks([str(tmp_path / "t")])
+    assert len(task.test) == 50 and len(task.validation) == 5 and len(task.train) == 45
+    assert not set(task.test) & set(task.validation + task.train)
+
+
 def test_a_task_for_evaluation_only(tmp_path):
     write(tmp_path / "bbh" / "test.jsonl", rows(20))
     task, = load_tasks([str(tmp_path / "bbh")])

@@ -85,8 +85,8 @@ def test_padding_changes_nothing_in_any_family(family):
     assert longer["labels"].shape[1] > batch["labels"].shape[1] + 20
     torch.testing.assert_close(label_loss(model, longer), label_loss(model, batch), rtol=1e-4, atol=1e-5)
     samples = [*load_tasks(["word_sorting"])[0].test[:3], *load_tasks(["web_of_lies"])[0].test[:2]]
-    alone = [generate_answers(model, TOKENIZER, [sample], 120)[0] for sample in samples]
-    together = generate_answers(model, TOKENIZER, samples, 120)
+    alone = [generate_answers(model, TOKENIZER, [sample], 120)[0].removesuffix(" …") for sample in samples]
+    together = [answer.removesuffix(" …") for answer in generate_answers(model, TOKENIZER, samples, 120)]
     assert all(a.startswith(b) or b.startswith(a) for a, b in zip(alone, together)) and any(alone)
 
 
@@ -129,6 +129,56 @@ def test_start_tokens_survive_the_cut_from_the_left():
     cut, labels = encode(TOKENIZER, ("one two three four five six seven", "x"), 8)
     assert whole[0] == start and len(whole) > 9  # this tokenizer begins every text with it
     assert cut == [start, *whole[-7:]] and len(labels) == 8
+
+
+def with_processor(normalizer=None, pre_tokenizer=None, template=None):
+    """The embedded model's tokenizer with another way of beginning and ending a text."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = copy.deepcopy(TOKENIZER)
+    backend = tokenizer.backend_tokenizer
+    if normalizer:
+        backend.normalizer = normalizer
+    if template:
+        backend.post_processor = TemplateProcessing(template, special_tokens=[("[S]", 0), ("[E]", 1)])
+    return tokenizer
+
+
+def test_an_end_token_that_the_tokenizer_adds_does_not_stand_before_the_answer():
+    sample = ("one two three", "four")
+    plain = encode(with_processor(template="$A"), sample)[0]
+    assert 0 not in plain and plain.count(1) == 1
+    assert encode(with_processor(template="$A [E]"), sample)[0] == plain
+    assert encode(with_processor(template="[S] $A [E]"), sample)[0] == [0, *plain]
+    assert encode(with_processor(template="[S] $A [E]"), sample, 6)[0] == [0, *plain[-5:]]
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_does_not_double_the_answers():
+    """As SentencePiece's do; the answer's tokens are those that it has after a prompt."""
+    from tokenizers.normalizers import Prepend
+    tokenizer = with_processor(normalizer=Prepend(" "), template="$A")
+    ids = encode(tokenizer, ("say Answer:", "four"))[0]
+    assert ids == [*tokenizer("say Answer: four")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(ids[:-1]) == " say Answer: four"
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_not_used(tmp_path):
+    make("Llama").save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer, _ = load_model(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id < model.config.vocab_size
+    assert generate_answers(model, tokenizer, [("a b c", "x"), ("a", "x")])
+
+
+def test_a_model_that_needs_a_missing_library_is_one_line(tmp_path):
+    make("Llama").save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path), "cpu")
 
 
 def test_a_name_that_is_no_folder_and_not_to_be_had_is_one_line(monkeypatch):

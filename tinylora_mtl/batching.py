@@ -18,12 +18,23 @@ WINDOW = 8  # batches that are drawn together and sorted by length; more would s
 def encode_prompt(tokenizer, prompt, max_length):
     """Token ids of a prompt, cut from the left to `max_length`: what stands nearest to the answer is kept.
 
-    A start token, where the tokenizer puts one, is kept too."""
-    return tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
+    Tokens that the tokenizer puts before every text are kept too; an end token after it is not, for the text goes on.
+    """
+    whole = tokenizer(prompt)["input_ids"]
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = whole[:next((i for i in range(len(whole)) if whole[i:i + len(plain)] == plain), 0)]
+    return start + plain[max(0, len(plain) + len(start) - max_length):]
 
 
 def encode_target(tokenizer, target):
-    """Token ids of a target: a space, the answer, the end token."""
+    """Token ids of a target: a space, the answer, the end token.
+
+    As they are after a colon, where most prompts end: some tokenizers put a space of their own before a text.
+    """
+    colon = tokenizer(":", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f": {target}", add_special_tokens=False)["input_ids"]
+    if ids[:len(colon)] == colon:
+        return ids[len(colon):] + [tokenizer.eos_token_id]
     return tokenizer(f" {target}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
@@ -86,16 +97,17 @@ class BalancedBatches:
         self.waiting, self.dealt = copy.deepcopy(state["waiting"]), copy.deepcopy(state["dealt"])
 
     def draw(self, task_id, count):
-        """Indices of `count` rows of a task, different ones as long as the pass has that many."""
+        """Indices of `count` rows of a task, different ones as long as the task has that many."""
         indices = []
         while len(indices) < count:
             if not self.waiting[task_id]:
-                self.waiting[task_id] = self.rng.sample(range(len(self.rows[task_id])), len(self.rows[task_id]))
+                shuffled = self.rng.sample(range(len(self.rows[task_id])), len(self.rows[task_id]))
+                self.waiting[task_id] = sorted(shuffled, key=lambda index: index not in indices)  # drawn already: last
             indices.append(self.waiting[task_id].pop())
         return indices
 
     def deal(self, each):
-        """Draw the next WINDOW batches (fewer for a small task: no sample should come twice in them)."""
+        """Draw the next WINDOW batches, or as many as the smallest task fills without a sample that comes twice."""
         window = max(1, min(WINDOW, min(len(rows) for rows in self.rows) // each))
         drawn = [sorted(self.draw(task_id, each * window), key=lambda index: len(rows[index][0]))
                  for task_id, rows in enumerate(self.rows)]

@@ -11,7 +11,7 @@ import re
 import shlex
 from contextlib import contextmanager
 from dataclasses import replace
-from decimal import Decimal
+from decimal import Context, Decimal
 from pathlib import Path
 
 import torch
@@ -30,22 +30,26 @@ SLACK = 4  # tokens that an answer may have beyond the longest target, for "(B)"
 def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
     """The model's greedy answer to each (prompt, target) sample, a list of str in the same order.
 
-    An answer ends at its first line break or end token, or SLACK tokens beyond the longest target of its batch: what a
-    model goes on to invent is never read.
+    An answer ends at its first line break or end token: what a model goes on to invent is never read. It may be SLACK
+    tokens longer than the longest target of its batch; one that is cut off there ends in "…", and is never right.
     """
-    room = max(len(encode_target(tokenizer, target)) for _, target in samples) + SLACK
-    prompts = [encode_prompt(tokenizer, prompt, max(1, max_length - room)) for prompt, _ in samples]
+    ends = set(tokenizer.all_special_ids)
+    own = model.generation_config.eos_token_id  # a chat model's turns end in other tokens than its texts
+    eos = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
     answers = [""] * len(samples)
-    for chosen, batch in batches_by_length(prompts, tokenizer, model.device, batch_size):
+    for chosen in like_lengths(samples, batch_size):
+        room = max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + SLACK
+        batch = prompt_batch(tokenizer, [samples[i][0] for i in chosen], max_length - room, model.device)
         with evaluation_mode(model):
             written = model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                 do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # greedy, plainly
-                max_new_tokens=max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + SLACK,
-                stop_strings=["\n"], tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id)[:, batch["input_ids"].shape[1]:]  # [batch, new tokens]
-        for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)):
-            answers[i] = text.split("\n")[0].strip()
+                max_new_tokens=room, stop_strings=["\n"], tokenizer=tokenizer,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=eos)[:, batch["input_ids"].shape[1]:]  # [batch, new]
+        for i, ids in zip(chosen, written.tolist()):
+            length = next((n for n, token in enumerate(ids) if token in ends | set(eos)), None)
+            line, *after = tokenizer.decode(ids[:length]).split("\n", 1)
+            answers[i] = line.strip() + ("" if after or length is not None else " …")
     return answers
 
 
@@ -56,12 +60,16 @@ def choose_answers(model, tokenizer, samples, labels, max_length=512, batch_size
     The end token counts, so that a label is not preferred for being the beginning of another ("1" and "10").
     """
     options = [encode_target(tokenizer, label) for label in labels]
-    prompts = [encode_prompt(tokenizer, prompt, max(1, max_length - max(map(len, options)))) for prompt, _ in samples]
     answers = [""] * len(samples)
-    for chosen, batch in batches_by_length(prompts, tokenizer, model.device, max(1, batch_size // len(labels))):
+    for chosen in like_lengths(samples, max(1, batch_size // len(labels))):
+        batch = prompt_batch(tokenizer, [samples[i][0] for i in chosen], max_length - max(map(len, options)),
+                             model.device)
         with evaluation_mode(model):
-            best = log_likelihoods(model, batch, options).argmax(-1)
-        for i, label in zip(chosen, best.tolist()):
+            likely = log_likelihoods(model, batch, options)
+        if not torch.isfinite(likely).all():
+            raise FloatingPointError("the likelihoods of the labels are not finite, so none can be chosen; in float16 "
+                                     "they can overflow: try --dtype float32")
+        for i, label in zip(chosen, likely.argmax(-1).tolist()):
             answers[i] = labels[label]
     return answers
 
@@ -76,7 +84,10 @@ def log_likelihoods(model, batch, options):
     read = forward(model, batch["input_ids"], mask, 1, use_cache=True)
     logits = read.logits[:, -1:].repeat_interleave(count, 0)  # [prompts · options, 1, vocabulary]: the first token's
     if longest > 1:
-        read.past_key_values.batch_repeat_interleave(count)
+        try:
+            read.past_key_values.batch_repeat_interleave(count)
+        except AttributeError as error:  # a recurrent model keeps a state instead
+            raise ValueError("this model has no keys and values to go on from; use --score generate") from error
         new = ids[:, :-1].repeat(len(mask), 1)  # [prompts · options, longest - 1]
         mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(new)], 1)
         rest = forward(model, new, mask, longest - 1, past_key_values=read.past_key_values, use_cache=True).logits
@@ -98,23 +109,53 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
-def batches_by_length(prompts, tokenizer, device, batch_size):
-    """Yield (indices, batch) over encoded prompts, those of like length together: little padding."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        yield chosen, collate([(prompts[i], prompts[i]) for i in chosen], [0] * len(chosen), tokenizer.pad_token_id,
-                              device)
+def like_lengths(samples, batch_size):
+    """Yield lists of indices of (prompt, target) samples, those of like length together: little padding."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
+    yield from (order[start:start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def prompt_batch(tokenizer, prompts, max_length, device):
+    """A batch of prompts, without labels."""
+    rows = [encode_prompt(tokenizer, prompt, max_length) for prompt in prompts]
+    return collate([(ids, ids) for ids in rows], [0] * len(rows), tokenizer.pad_token_id, device)
+
+
+def count_cut(tokenizer, tasks, split, max_length):
+    """How many prompts of a split are too long for `max_length`, answer included, so that their beginning is not read.
+
+    Raises ValueError for a target that leaves no room for its prompt.
+    """
+    cut = 0
+    for task in tasks:
+        for prompt, target in getattr(task, split):
+            room = len(encode_target(tokenizer, target)) + SLACK
+            if room >= max_length:
+                raise ValueError(f"task {task.name!r}: a target of {room - SLACK} tokens, and {SLACK} to spare, leaves "
+                                 f"no room for its prompt in --max-length {max_length}: {target[:40]!r}")
+            if len(prompt.encode()) + 8 > max_length - room:  # a token is a byte at least; most need no closer look
+                cut += len(encode_prompt(tokenizer, prompt, 10 ** 9)) > max_length - room
+    return cut
+
+
+def say_cut(tokenizer, tasks, split, max_length):
+    """Print how many prompts `count_cut` counts, if any."""
+    cut = count_cut(tokenizer, tasks, split, max_length)
+    if cut:
+        print(f"{cut} of {sum(len(getattr(task, split)) for task in tasks)} {split} prompts are too long for "
+              f"--max-length {max_length}: their beginning is cut")
 
 
 # --------------------------------------------------------------------------------------------------------- scoring
 def normalize(answer):
     """What is compared: the first line, without regard to white space, case, a final full stop, brackets around a
-    single word ("(B)" is "B"), and how a number is written ("1,234.50" is "1234.5")."""
-    text = " ".join(answer.split("\n")[0].casefold().split()).removesuffix(".")
+    single word ("(B)" is "B"), and how a number is written ("1,234.50" is "1234.5", but "007" is no number)."""
+    text = " ".join(answer.split("\n")[0].casefold().split())
+    text = text[:-1] if text.endswith(".") and len(text) > 1 else text
     text = re.sub(r"^\((\w+)\)$", r"\1", text)
-    if re.fullmatch(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", text):
-        return f"{Decimal(text.replace(',', '')).normalize():f}"
+    if re.fullmatch(r"[+-]?(0|[1-9]\d*|[1-9]\d{0,2}(,\d{3})+)(\.\d+)?", text):
+        number = Decimal(text.replace(",", "")).normalize(Context(prec=len(text)))  # every digit counts
+        return f"{abs(number) if number == 0 else number:f}"
     return text
 
 
@@ -178,7 +219,7 @@ def table(columns, counts):
     width = min(max(len(name) for name in [*counts, "average"]), 73 - 16 * len(columns))
 
     def row(name, cells, count):
-        name = name if len(name) <= width else name[:width - 1] + "…"
+        name = name if len(name) <= width else f"{name[:width - 13]}…{name[-12:]}"  # names often differ at the end
         return f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"{count:>7}"
 
     def cell(value, limits):
@@ -234,14 +275,15 @@ def main(argv=None):
         tasks = [with_shots(task, split, args.shots) for task in tasks]
     model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, max_length)
+    say_cut(tokenizer, tasks, split, max_length)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
     scores = accuracies(model, tokenizer, tasks, split, max_length, score)
     for task in tasks if args.show else []:
         show(model, tokenizer, task, split, args.show, max_length, score)
-    print(table({f"{split} accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}))
-    print(f"in percent, with the 95 % interval over the n samples; scored by {score}")
+    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}))
+    print(f"{split} accuracy in percent, with its 95 % interval over the n samples; scored by {score}")
     return scores
 
 

@@ -96,7 +96,9 @@ def dart(row):
 
 
 def metamath_qa(row):
-    """The final answer only: what can be scored by exact match, and fits on one line."""
+    """The final answer only: what can be scored by exact match, and fits on one line.
+
+    The set has many wordings of one original question, so the validation split taken from it is an easy one."""
     _, found, answer = row["response"].rpartition("The answer is:")
     return math_problem(row["query"], answer) if found and answer.strip() else None
 
@@ -200,15 +202,16 @@ def hub_rows(path, config, split, count, options):
     """At most `count` rows of a split as a Dataset, from the cache of `datasets` after the first time."""
     from datasets import Dataset  # here, because it takes a second and most runs do not need it
 
-    request = {"path": path, "config": config, "split": split, "count": count, "options": options}
+    request = {"path": path, "config": config, "split": split, "count": count, "pool": POOL,
+               "options": options}  # together the name of the rows in the cache
     return Dataset.from_generator(stream_rows, gen_kwargs=request)
 
 
-def stream_rows(path, config, split, count, options):
-    """Yield `count` rows of a split, drawn with a fixed seed from its first POOL rows."""
+def stream_rows(path, config, split, count, pool, options):
+    """Yield `count` rows of a split, drawn with a fixed seed from its first `pool` rows."""
     from datasets import load_dataset
 
     if not Path(path).is_dir():
         HfApi().dataset_info(path, timeout=10)  # asked once: loading would try for minutes before it gave up
-    rows = list(load_dataset(path, config, split=split, streaming=True, **options).take(POOL))
+    rows = list(load_dataset(path, config, split=split, streaming=True, **options).take(pool))
     yield from random.Random(0).sample(rows, min(count, len(rows)))

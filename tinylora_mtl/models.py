@@ -1,6 +1,7 @@
 """The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import HfApi
@@ -58,7 +59,8 @@ def load(source, device, dtype, local_files_only):
             source, dtype=dtype, output_loading_info=True, **options,
             adapter_kwargs={"local_files_only": local_files_only})  # for peft, if it is there
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:  # a spoiled or foreign file
+    except (ValueError, RuntimeError, SafetensorError, UnpicklingError, KeyError, TypeError, ImportError) as error:
+        # a spoiled or foreign file, or one that needs a library which is not here
         raise ValueError(f"the model in {source} cannot be loaded: {str(error):.300}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -68,9 +70,8 @@ def load(source, device, dtype, local_files_only):
     model.to(device).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
-    tokenizer.truncation_side = "left"  # what stands nearest to the answer is kept, and so is a start token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do that the model has
     return model, tokenizer, device
 
 

@@ -46,8 +46,8 @@ class TrainConfig:
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
     steps: int = option(300, "optimiser steps (rounds, for meta)")
     batch_size: int = option(64, "samples in a step, the same number of each task")
-    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory; without "
-                                 "dropout the result is the same")
+    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory; but for "
+                                 "dropout and mmd's random tokens the result is the same")
     lr: float = option(None, "peak learning rate (default: chosen for each method on mini, 5e-4 on other models)",
                        type=float)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")

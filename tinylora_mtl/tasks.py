@@ -10,6 +10,7 @@ only which training samples are kept when `samples` asks for fewer.
 """
 
 import json
+import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def task_name(name):
     if name in EMBEDDED or name in HUB_TASKS:
         return name
     if is_path(name):
-        return Path(name).resolve().name.removesuffix(".jsonl")
+        return Path(os.path.abspath(name)).name.removesuffix(".jsonl")
     from_hub = [name for name in HUB_TASKS if name not in TASK_SETS["bbh"]]
     known = ["mini", "mini-multilingual", *EMBEDDED, *from_hub, "bbh"]
     raise ValueError(f"unknown task {name!r}; there are: {', '.join(known)}; or the path of a JSON Lines file, or of a "
@@ -99,16 +100,17 @@ def local_task(path):
 def make_task(name, samples, hold_out=()):
     """A Task from {split: samples}; the splits in `hold_out` are taken from the training samples, by prompt.
 
-    A training prompt that is in the validation or test split too is dropped from training.
+    A prompt that is in the test split too is dropped from the others, one in the validation split from training.
     """
     splits = {split: list(samples.get(split, [])) for split in SIZES}
+    for ahead, behind in (("test", "validation"), ("test", "train"), ("validation", "train")):
+        taken = {prompt for prompt, _ in splits[ahead]}
+        splits[behind] = [sample for sample in splits[behind] if sample[0] not in taken]
     for split in hold_out:
         prompts = sorted({prompt for prompt, _ in splits["train"]})
         held = set(random.Random(f"{name} {split}").sample(prompts, min(HELD_OUT[split], (len(prompts) + 9) // 10)))
         splits[split] = [sample for sample in splits["train"] if sample[0] in held]
         splits["train"] = [sample for sample in splits["train"] if sample[0] not in held]
-    kept_apart = {prompt for split in ("validation", "test") for prompt, _ in splits[split]}
-    splits["train"] = [sample for sample in splits["train"] if sample[0] not in kept_apart]
     targets = [target for _, target in splits["train"] or splits["test"]]
     labels = set(targets)
     closed = len(labels) <= MAX_LABELS and 5 * len(labels) <= len(targets)  # few answers, each given again and again
@@ -191,10 +193,10 @@ def with_shots(task, split, shots):
     They are training samples; where there are none (Big-Bench Hard), they are taken from the split, and not scored.
     Raises ValueError if there are too few samples for that.
     """
-    scored, pool = getattr(task, split), task.train or getattr(task, split)
-    if len(pool) < shots + (pool is scored):
+    pool = dict(task.train or getattr(task, split))  # prompt -> target: no prompt is shown twice
+    if len(pool) < shots + (not task.train):
         raise ValueError(f"task {task.name!r} has {len(pool)} samples, too few for {shots} shots")
-    shown = random.Random(f"shots {task.name}").sample(pool, shots)
-    before = "".join(f"{prompt} {target}\n\n" for prompt, target in shown)
-    return replace(task, **{split: [(before + prompt, target) for prompt, target in scored
-                                    if pool is not scored or (prompt, target) not in shown]})
+    shown = dict(random.Random(f"shots {task.name}").sample(list(pool.items()), shots))
+    before = "".join(f"{prompt} {target}\n\n" for prompt, target in shown.items())
+    return replace(task, **{split: [(before + prompt, target) for prompt, target in getattr(task, split)
+                                    if prompt not in shown]})

@@ -22,7 +22,7 @@ from .align import alignment_gradients, alignment_loss, collect_features, real_t
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
 from .checkpoint import capture, load_checkpoint, open_metrics, restore, save_checkpoint, synced_length
 from .cli import Parser, Stopped, StopSignals, run_command
-from .evaluate import accuracies, average, average_interval, table, task_accuracy
+from .evaluate import accuracies, average, average_interval, say_cut, table, task_accuracy
 from .files import read_json, write_json
 from .meta import adapted_to, meta_gradients
 from .models import load_model, pick_length
@@ -51,6 +51,7 @@ def main(config, resuming=False, stop=None):
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
     batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
+    say_cut(tokenizer, tasks, config.split, config.max_length)
     with open_run(config, resuming) as folder:
         counts = {task.name: len(getattr(task, config.split)) for task in tasks}
         scoring = config.split, config.max_length, config.score
