@@ -8,8 +8,9 @@ from conftest import make_llama
 
 from tinylora_mtl import evaluate, train
 from tinylora_mtl.batching import encode_target
-from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, count_cut, generate_answers,
-                                   interval, is_right, table, task_accuracy)
+from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, count_cut, evaluation_mode,
+                                   generate_answers, interval, is_right, log_likelihoods, prompt_batch, table,
+                                   task_accuracy)
 from tinylora_mtl.models import load_model
 from tinylora_mtl.tasks import Task, load_tasks, with_shots
 from tinylora_mtl.train import TrainConfig
@@ -129,6 +130,22 @@ def test_the_chosen_label_is_the_likeliest_whole_answer():
     assert choose_answers(model, tokenizer, samples, labels, batch_size=13) == expected
     assert model.training and len(set(expected)) > 1
     assert choose_answers(model, tokenizer, samples, labels, max_length=12) != expected  # the prompts are cut
+
+
+def test_nothing_is_dropped_while_scoring():
+    """A model that is in training mode answers as in evaluation mode, time after time."""
+    from tinylora_mtl import AdapterConfig, add_adapters
+    model, tokenizer, _ = load_model("mini", "cpu")
+    add_adapters(model, AdapterConfig("rlora", dropout=0.5))
+    samples = load_tasks(["navigate"])[0].test[:20]
+    prompts = prompt_batch(tokenizer, [prompt for prompt, _ in samples], 200, "cpu")
+    found = []
+    for training in (False, True, True):
+        model.train(training)
+        with evaluation_mode(model):
+            found.append(log_likelihoods(model, prompts, [[5, 1], [6, 1]]))
+        assert model.training is training
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
 
 
 def test_intervals_are_wilsons():

@@ -54,8 +54,9 @@ def test_a_file_is_split_by_prompt_and_the_task_has_its_name(tmp_path):
 def test_training_prompts_that_are_tested_are_dropped(tmp_path):
     write(tmp_path / "t" / "train.jsonl", rows(40))
     write(tmp_path / "t" / "validation.jsonl", rows(4))
-    write(tmp_path / "t" / "test.jsonl", rows(40)[4:9])
-    assert load_tasks([str(tmp_path / "t")])[0].train == rows(40)[9:]
+    write(tmp_path / "t" / "test.jsonl", rows(40)[3:9])
+    task, = load_tasks([str(tmp_path / "t")])
+    assert (task.train, task.validation, task.test) == (rows(40)[9:], rows(3), rows(40)[3:9])
 
 
 def test_no_test_prompt_gets_into_validation(tmp_path):
