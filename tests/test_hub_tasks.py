@@ -176,12 +176,16 @@ def test_test_rows_are_not_in_training(tmp_path, monkeypatch, name):
 
 
 def test_winogrande_reads_one_subset(tmp_path, monkeypatch):
-    rows = [ROWS["winogrande"][0] | {"sentence": f"_ {i}"} for i in range(4)]
-    put_in_place(monkeypatch, "winogrande", tmp_path, {"train": rows, "validation": rows[:1]})
-    other = tmp_path / "winogrande" / "winogrande_xs" / "train"
-    other.mkdir(parents=True)
-    datasets.Dataset.from_list(rows * 5).to_parquet(other / "0000.parquet")
-    assert len(hub_samples("winogrande")["train"]) == 4
+    """Of two subsets in the folder, as the Hub has them, the larger one and nothing of the other."""
+    rows = [ROWS["winogrande"][0] | {"sentence": f"_ {i}"} for i in range(9)]
+    folder = tmp_path / "sets"
+    publish(folder, {"train": rows[:2], "validation": rows[:1]}, "winogrande_xs", "parquet")
+    first = (folder / "README.md").read_text()
+    publish(folder, {"train": rows[2:], "validation": rows[1:3]}, "winogrande_xl", "parquet")
+    second = (folder / "README.md").read_text().split("configs:\n")[1]
+    (folder / "README.md").write_text(first.removesuffix("---\n") + second)
+    monkeypatch.setitem(HUB_TASKS, "winogrande", replace(HUB_TASKS["winogrande"], path=str(folder)))
+    assert {split: len(samples) for split, samples in hub_samples("winogrande").items()} == {"train": 7, "validation": 2}
 
 
 def test_a_converted_set_loads_from_its_own_layout(tmp_path, monkeypatch):
