@@ -244,6 +244,21 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
     assert printed.count("Answer: Yes") + printed.count("Answer: No") == 2 and "scored by choose" in printed
 
 
+def test_prompts_that_are_cut_are_counted_and_told(capsys):
+    model, tokenizer, _ = load_model("mini", "cpu")
+    task = load_tasks(["navigate"])[0]
+    room = 30 - (len(encode_target(tokenizer, "Yes")) + 4)  # of --max-length: the answer and four tokens to spare
+    assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {30 - 4 - room}
+    long = sum(len(tokenizer(prompt)["input_ids"]) > room for prompt, _ in task.validation)
+    assert 0 < long < len(task.validation)
+    flags = ["--tasks", "navigate", "--split", "validation", "--score", "choose"]
+    evaluate.main([*flags, "--max-length", "30"])
+    told = f"{long} of {len(task.validation)} validation prompts are too long for --max-length 30: their beginning is cut"
+    assert told in capsys.readouterr().out.splitlines()
+    evaluate.main(flags)
+    assert "too long" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags,message", [
     (["--run", "nowhere"], "nowhere is not a run folder: it has no config.json"),
     (["--adapter", "nowhere"], "nowhere is not an adapter folder: it has no adapter_config.json"),

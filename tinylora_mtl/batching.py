@@ -152,8 +152,8 @@ def forward(model, input_ids, attention_mask, keep, **more):
     attention_mask [batch, length] covers the tokens in a cache too, if there is one: length >= new.
     """
     takes = inspect.signature(model.forward).parameters
-    options = {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:],  # padding: none
-               "logits_to_keep": keep}
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
+    options = {"position_ids": positions[:, -input_ids.shape[1]:], "logits_to_keep": keep}
     options = {name: value for name, value in options.items() if name in takes}
     return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
 
