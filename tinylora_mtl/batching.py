@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 NO_LABEL = -100
-WINDOW = 8  # batches that are drawn together and sorted by length; more would save little
 
 
 def encode_prompt(tokenizer, prompt, max_length):
@@ -75,9 +74,9 @@ class BalancedBatches:
     repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of
     a task, not of the whole. A batch has batch_size // (number of tasks) samples each.
 
-    Less is spent on padding where a batch holds samples of like length. So the samples of the next WINDOW batches are
-    drawn together, those of each task are sorted by length and dealt out, and the batches come in random order. That
-    changes which samples meet in a batch, not which are drawn.
+    Samples of like length meet in the pieces of a batch (`split_batch`), never in a batch: batches of short samples
+    and batches of long ones pull the adapter to and fro. On the embedded tasks that cost LoRA 1.5 points (9 seeds,
+    95 % interval 0.4 to 2.7).
     """
 
     def __init__(self, tasks, tokenizer, max_length, seed, device):
@@ -85,16 +84,15 @@ class BalancedBatches:
         self.pad_id = tokenizer.pad_token_id
         self.rng, self.device = random.Random(seed), device
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
-        self.dealt = []  # batches to come: for each, a list of indices for every task
 
     def state(self):
         """Where the draw stands, for `set_state` of another of the same tasks, which then goes on alike."""
-        return {"rng": self.rng.getstate(), "waiting": copy.deepcopy(self.waiting), "dealt": copy.deepcopy(self.dealt)}
+        return {"rng": self.rng.getstate(), "waiting": copy.deepcopy(self.waiting)}
 
     def set_state(self, state):
         """Go on from where `state()` was taken."""
         self.rng.setstate(state["rng"])
-        self.waiting, self.dealt = copy.deepcopy(state["waiting"]), copy.deepcopy(state["dealt"])
+        self.waiting = copy.deepcopy(state["waiting"])
 
     def draw(self, task_id, count):
         """Indices of `count` rows of a task, different ones as long as the task has that many."""
@@ -106,19 +104,10 @@ class BalancedBatches:
             indices.append(self.waiting[task_id].pop())
         return indices
 
-    def deal(self, each):
-        """Draw the next WINDOW batches, or as many as the smallest task fills without a sample that comes twice."""
-        window = max(1, min(WINDOW, min(len(rows) for rows in self.rows) // each))
-        drawn = [sorted(self.draw(task_id, each * window), key=lambda index: len(rows[index][0]))
-                 for task_id, rows in enumerate(self.rows)]
-        self.dealt = [[indices[i * each:(i + 1) * each] for indices in drawn] for i in range(window)]
-        self.rng.shuffle(self.dealt)
-
     def balanced(self, batch_size):
         """A batch of all tasks."""
-        if not self.dealt:
-            self.deal(batch_size // len(self.rows))
-        drawn = [(task_id, index) for task_id, indices in enumerate(self.dealt.pop()) for index in indices]
+        each = batch_size // len(self.rows)
+        drawn = [(task_id, index) for task_id in range(len(self.rows)) for index in self.draw(task_id, each)]
         rows = [self.rows[task_id][index] for task_id, index in drawn]
         return collate(rows, [task_id for task_id, _ in drawn], self.pad_id, self.device)
 
