@@ -48,6 +48,7 @@ class AdapterConfig:
     targets: tuple | str | None = None  # layer names or their last parts, "all-linear", or None: gate, up and down
     # projections where the model has them (as in the papers), otherwise all linear layers but the output head
     rank_stabilized: bool | None = None  # None: as the method's paper has it
+    random_init: bool | None = None  # heads random at the start, or zero; None: as the method's paper has it
 
 
 def add_adapters(model, config):
@@ -87,6 +88,7 @@ def make_adapter(base, config):
         return LoRALinear(base, config.rank, config.alpha, dropout, stabilized)
     random_init = method.get("random_init", False)
     on_x, on_z = (0.0, dropout) if random_init else (dropout, 0.0)
+    random_init = random_init if config.random_init is None else config.random_init
     return MultiHeadLoRALinear(base, config.rank, config.alpha, config.heads, on_x, on_z, random_init,
                                routed=method.get("routed", True), rank_stabilized=stabilized)
 

@@ -94,18 +94,19 @@ def _zero(groups):
 
 
 @contextmanager
-def collect_features(model):
+def collect_features(model, part="lora_A"):
     """Within the block, every forward pass of the model leaves z = A x of each adapted layer in the yielded dict.
 
-    Yields {layer name: z [batch, length, r]}. Leave the block before `backward`: with gradient checkpointing the
-    layers run once more there, and those outputs must not be counted.
+    Yields {layer name: z [batch, length, r]}; with part="router", the router's scores [batch, length, N]. Leave the
+    block before `backward`: with gradient checkpointing the layers run once more there, and those outputs must not be
+    counted.
     """
     features, handles = {}, []
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
+        if getattr(module, part, None) is not None:
             def keep(_, inputs, output, name=name):
                 features[name] = output
-            handles.append(module.lora_A.register_forward_hook(keep))
+            handles.append(getattr(module, part).register_forward_hook(keep))
     try:
         yield features
     finally:

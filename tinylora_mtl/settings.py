@@ -42,6 +42,7 @@ class TrainConfig:
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
     dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)", type=float)
     heads: int = option(5, "number of heads of hydralora, rlora and mlora")
+    zero_start: bool = option(False, "rlora, mlora: start the heads from zero, to see what their random start does")
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
     steps: int = option(300, "optimiser steps (rounds, for meta)")
@@ -57,6 +58,8 @@ class TrainConfig:
     samples: int = option(None, "training samples per task (default: all; meta 50)", type=int)
     align: str = option("kl", "the alignment loss, for --method align", choices=list(ALIGNMENTS))
     align_weight: float = option(None, "its weight, lambda (default: kl 0.2, mmd 0.01)", type=float)
+    shuffle_groups: bool = option(False, "align: draw together random groups of a batch's samples instead of its "
+                                         "tasks, to see whether it matters that they are tasks")
     tasks_per_round: int = option(4, "meta: tasks sampled for a round")
     support: int = option(16, "meta: samples of a task that the inner steps see")
     query: int = option(16, "meta: samples of a task that the outer gradient is taken on")
@@ -79,7 +82,8 @@ class TrainConfig:
 def adapter_config(config):
     """The adapters of a run: Align-LoRA and MeTA-LoRA have plain LoRA layers."""
     method = config.method if config.method in LAYER_METHODS else "lora"
-    return AdapterConfig(method, config.rank, config.alpha, config.dropout, config.heads, config.targets)
+    return AdapterConfig(method, config.rank, config.alpha, config.dropout, config.heads, config.targets,
+                         random_init=False if config.zero_start else None)
 
 
 def fill_in(config):

@@ -26,6 +26,7 @@ from .evaluate import accuracies, average, average_interval, say_cut, table, tas
 from .files import read_json, write_json
 from .meta import adapted_to, meta_gradients
 from .models import load_model, pick_length
+from .multihead import head_cosines
 from .run_folder import open_run
 from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, flag_of, resume_config
 from .tasks import load_tasks
@@ -127,7 +128,7 @@ def train(model, batches, tasks, config, folder, progress, stop):
                 numbers = {"skipped_steps": progress["skipped_steps"]}
             elif log:
                 numbers = {name: round(float(value), 6) for name, value in numbers.items()}
-                numbers |= {"gradient_norm": round(norm.item(), 6), "lr": lr}
+                numbers |= {"gradient_norm": round(norm.item(), 6), "lr": lr} | head_cosines(model)
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
             if log or not finite:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
@@ -190,6 +191,8 @@ def multitask_step(model, batch, config):
     Computed in `accumulation` pieces. The pieces' losses are divided by the labels of the whole batch, and the
     alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces.
     """
+    if config.shuffle_groups:  # as many samples in each group as before, but of any task
+        batch = batch | {"task_ids": batch["task_ids"][torch.randperm(len(batch["task_ids"]))]}
     pieces = split_batch(batch, config.accumulation)
     labels = (batch["labels"] != NO_LABEL).sum()
     numbers = {"loss": 0.0}

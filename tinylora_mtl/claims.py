@@ -1,0 +1,158 @@
+"""What the papers claim, as data: the methods, the comparisons and the rules, all written before any run.
+
+A claim is a sentence and some comparisons. A comparison is a quantity, two groups of runs (a run for each seed) and the
+direction that is claimed. Its verdict comes from the differences between the two runs of each seed, by one rule:
+
+    "holds"           the 95 % interval of the mean difference lies wholly on the claimed side of the margin
+    "does not hold"   it lies wholly on the other side
+    "cannot tell"     it does not exclude the margin
+
+The margin is 0 for "is better than" and MARGIN points for "keeps up with": there the claim is that the difference is
+above -MARGIN (a test of non-inferiority). A claim holds if all comparisons that decide it hold, and does not hold as
+soon as one of them does not. The others are shown beside them: controls, ablations, baselines.
+
+Intervals are not corrected for their number (no Holm). "All must hold" needs no correction; "one does not hold" would
+be wrong a little more often than in one case of 40 for each deciding comparison; and whoever reads the many comparisons
+that decide nothing should expect one in twenty of those without any difference to exclude 0.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from statistics import mean, stdev
+
+MARGIN = 2.0  # points of accuracy: the most that a method may be behind and still "keep up"
+NEAR_COPIES = 0.5  # heads with a mean cosine above this are more alike than not: half way from unrelated to the same
+# The 97.5 % quantile of Student's t distribution for 1, 2, 3, … degrees of freedom.
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+         2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+MOST_SEEDS = len(T_975) + 1
+
+# The methods as TrainConfig settings. `match` names the setting that is chosen so that as many parameters train as in
+# HydraLoRA at --rank and --heads; the others have that rank. Every method has its learning rate searched for itself.
+METHODS = {
+    "lora": {"method": "lora"},
+    "lora_matched": {"method": "lora", "match": "rank"},
+    "hydralora": {"method": "hydralora"},
+    "rlora": {"method": "rlora"},
+    # R-LoRA's ablation. All four have its scaling alpha / √r and its router, so that one thing changes at a time: the
+    # multi-head dropout (0.1 or 0), and the start (random heads with a router at zero, or heads at zero with a
+    # Kaiming-uniform router: with both at zero the heads would stay equal for ever).
+    "rlora_start": {"method": "rlora", "dropout": 0.0},
+    "rlora_dropout": {"method": "rlora", "zero_start": True},
+    "rlora_neither": {"method": "rlora", "zero_start": True, "dropout": 0.0},
+    "mlora": {"method": "mlora", "match": "heads"},
+    "align_kl": {"method": "align", "align": "kl", "match": "rank"},
+    "align_mmd": {"method": "align", "align": "mmd", "match": "rank"},
+    "align_shuffled": {"method": "align", "align": "kl", "shuffle_groups": True, "match": "rank"},
+    "meta": {"method": "meta", "match": "rank"},
+}
+# Pairs whose costs are measured side by side, see cost.py. Published, both have dropout; without it HydraLoRA, too,
+# needs A x only once.
+COSTS = {"dropout 0.1": ({"method": "hydralora", "dropout": 0.1}, {"method": "rlora", "dropout": 0.1}),
+         "no dropout": ({"method": "hydralora", "dropout": 0.0}, {"method": "rlora", "dropout": 0.0})}
+UNITS = {"accuracy": "points", "adapted": "points", "unseen": "points", "cosine": "cosine", "distance": "nats",
+         "moved": "nats", "time": "%", "memory": "%"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method, a run for each seed."""
+
+    method: str  # a key of METHODS; of COSTS where `where` is "cost"
+    where: str = "tasks"  # trained on all tasks, on "kept" (those not held out), on "languages"; "cost": not at all
+    samples: int | None = None  # training samples of each task; None: all
+
+    def __str__(self):
+        place = {"tasks": "", "kept": ", some tasks held out", "languages": ", languages", "cost": ""}[self.where]
+        return self.method + (f", {self.samples} samples" if self.samples else "") + place
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """left - right, seed by seed, of a quantity that compare.py or cost.py takes from a run."""
+
+    left: Group
+    right: Group | float  # a number: left is compared with that
+    quantity: str = "accuracy"  # a key of UNITS
+    claimed: int = 1  # +1: left is claimed to have more, -1: less
+    margin: float = 0.0
+    decides: bool = True
+    right_quantity: str = ""  # where it is not the same as on the left
+
+    def __str__(self):
+        right = "" if self.right == 0 else f" - {self.right}"
+        return f"{self.quantity}: {self.left}{right}" + (f" ({self.right_quantity})" if self.right_quantity else "")
+
+
+@dataclass(frozen=True)
+class Claim:
+    number: int
+    text: str
+    comparisons: tuple
+
+
+def declare(sizes):
+    """The eight claims; sizes: the training samples per task of claim 7's curve, the last being all there are."""
+    lora, matched, hydra, rlora, mlora = map(Group, ("lora", "lora_matched", "hydralora", "rlora", "mlora"))
+    start, dropout, neither = map(Group, ("rlora_start", "rlora_dropout", "rlora_neither"))
+    kl, mmd, shuffled = map(Group, ("align_kl", "align_mmd", "align_shuffled"))
+    few = max(size for size in sizes if size <= 50)
+    rivals = (matched, hydra, rlora, mlora)
+    claim_6 = [Comparison(Group(name, where), Group(rival.method, where), "unseen" if where == "kept" else "accuracy")
+               for where in ("tasks", "kept") for name in ("align_kl", "align_mmd") for rival in rivals]
+    claim_6 += [Comparison(Group("align_kl", where), Group("align_shuffled", where),
+                           "unseen" if where == "kept" else "accuracy", decides=False) for where in ("tasks", "kept")]
+    claim_6 += [Comparison(align, matched, "distance", claimed=-1, decides=False) for align in (kl, mmd, shuffled)]
+    claim_6 += [Comparison(group, 0.0, "moved", claimed=-1, decides=False) for group in (matched, kl, mmd, shuffled)]
+    curve = [Comparison(Group("meta", samples=size), Group("lora_matched", samples=size), decides=False)
+             for size in sizes[:-1]] + [Comparison(Group("meta", samples=sizes[-1]), matched, decides=False)]
+
+    def few_samples(where):  # MeTA-LoRA with few samples: against LoRA with all, and against the honest baseline
+        meta, full = Group("meta", where, few), Group("lora_matched", where)
+        return [Comparison(meta, full, margin=MARGIN),
+                Comparison(meta, full, "adapted", margin=MARGIN, decides=False, right_quantity="accuracy"),
+                Comparison(Group("lora_matched", where, few), full, margin=MARGIN, decides=False)]
+    return [
+        Claim(1, "Heads that start at zero stay near-copies (HydraLoRA); R-LoRA's do not.",
+              (Comparison(hydra, rlora, "cosine"), Comparison(hydra, NEAR_COPIES, "cosine"),
+               Comparison(rlora, NEAR_COPIES, "cosine", claimed=-1))),
+        Claim(2, "R-LoRA is better than HydraLoRA, and that better than LoRA; multi-head dropout and the random start "
+                 "each help, and both together most.",
+              (Comparison(rlora, hydra), Comparison(hydra, lora),
+               *[Comparison(left, right, decides=False) for left, right in (
+                   (dropout, neither), (start, neither), (rlora, neither), (rlora, dropout), (rlora, start))])),
+        Claim(3, "R-LoRA's steps take less time and less memory than HydraLoRA's.",
+              tuple(Comparison(Group(pair, "cost"), 0.0, quantity, claimed=-1, decides=pair == "dropout 0.1")
+                    for pair in COSTS for quantity in ("time", "memory"))),
+        Claim(4, "A simpler multi-head adapter without a router (M-LoRA) beats the routed ones.",
+              (Comparison(mlora, hydra), Comparison(mlora, rlora))),
+        Claim(5, "A single LoRA of higher rank, with as many trainable parameters, keeps up with multi-head adapters.",
+              tuple(Comparison(matched, rival, margin=MARGIN) for rival in (hydra, rlora, mlora))),
+        Claim(6, "Align-LoRA (KL, MMD) beats LoRA of the same rank and all multi-head adapters, on the trained tasks "
+                 "and on tasks not trained on.", tuple(claim_6)),
+        Claim(7, f"MeTA-LoRA with {few} samples per task keeps up with LoRA with all {sizes[-1]}.",
+              (*few_samples("tasks"), *curve)),
+        Claim(8, f"The same in several languages: with {few} samples per language it keeps up with LoRA with all.",
+              (*few_samples("languages"), Comparison(Group("meta", "languages", few),
+                                                     Group("lora_matched", "languages", few), decides=False))),
+    ]
+
+
+def t_interval(differences):
+    """(mean, [low, high]) of paired differences, 2 to MOST_SEEDS of them: mean ± t · s / √n, 95 %."""
+    count, middle = len(differences), mean(differences)
+    reach = T_975[count - 2] * stdev(differences) / sqrt(count)
+    return middle, [middle - reach, middle + reach]
+
+
+def verdict(interval, claimed=1, margin=0.0):
+    """The rule at the top, for one comparison."""
+    low, high = interval if claimed > 0 else (-interval[1], -interval[0])
+    return "holds" if low > -margin else "does not hold" if high < -margin else "cannot tell"
+
+
+def joint_verdict(verdicts):
+    """The verdict of a claim, from those of the comparisons that decide it."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if set(verdicts) == {"holds"} else "cannot tell"

@@ -1,0 +1,168 @@
+"""The list of runs behind the claims: which there are, under which conditions, with which settings of `train`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .adapters import adapter_parameters, add_adapters, remove_adapters
+from .claims import METHODS, Group, declare
+from .models import load_model
+from .settings import TrainConfig, adapter_config, check, fill_in
+from .tasks import TASK_SETS
+
+PRESETS = {
+    "quick": {"claims": [1, 4, 5], "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
+              "tasks": ["word_sorting", "dyck_languages", "object_counting"]},
+    "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8], "seeds": 5, "steps": 300, "batch_size": 64,
+             "rates": [1e-3, 2e-3, 5e-3, 1e-2], "tasks": ["mini"]},
+}
+RATES = [2e-4, 5e-4, 1e-3, 2e-3]  # searched on models other than mini
+HELD_OUT = ["boolean_expressions", "object_counting", "navigate"]  # of mini, for "tasks not trained on"
+SIZES = [10, 20, 50, 100, 500]  # training samples per task of claim 7's curve; all other runs have the last
+SEARCH_SEED = 1000  # of the runs that choose learning rates; the others have 0, 1, 2, …
+TOLERANCE = 0.05  # by how much matched numbers of parameters may differ
+SHARED = ("model", "steps", "batch_size", "accumulation", "rank", "alpha", "heads", "targets", "max_length", "score",
+          "device", "dtype")  # settings of train that all runs of a comparison have in common
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of the list: a run of `train`, or a measurement of costs."""
+
+    group: Group
+    seed: int
+    lr: float | None = None  # given for a run of the search; else it is the rate that the search chose
+
+    @property
+    def name(self):
+        group = self.group
+        parts = [group.method.replace(" ", "_"), group.where, str(group.samples or "all"), f"seed{self.seed}"]
+        return "-".join(parts if self.lr is None else ["search", *parts, f"lr{self.lr:g}"])
+
+
+@dataclass
+class Plan:
+    """What is compared, under which conditions."""
+
+    base: TrainConfig  # what all runs share
+    places: dict  # {"tasks", "kept", "languages": names of tasks}
+    held_out: list
+    sizes: list
+    rates: list
+    seeds: int
+    claims: list
+    out: Path
+    command: str = ""
+
+    def __post_init__(self):
+        self.few = max(size for size in self.sizes if size <= 50)
+        self.groups = {}  # {Group: the quantities that its runs are needed for}
+        for comparison in (comparison for claim in self.claims for comparison in claim.comparisons):
+            for side, quantity in ((comparison.left, comparison.quantity),
+                                   (comparison.right, comparison.right_quantity or comparison.quantity)):
+                if isinstance(side, Group):
+                    self.groups.setdefault(side, set()).add(quantity)
+        names = {group.method for group in self.groups if group.where != "cost"}
+        self.methods, self.parameters = match(names, self.base)
+
+    def runs(self):
+        """The declared list: first the search of the learning rates, then seed by seed what they are for."""
+        searched = dict.fromkeys(self.searched(group) for group in self.groups if group.where != "cost")
+        return ([Run(group, SEARCH_SEED, lr) for group in searched for lr in self.rates]
+                + [Run(group, seed) for seed in range(self.seeds) for group in self.groups])
+
+    def searched(self, group):
+        """The group whose learning rate a group takes: of the same method, with all or with few samples.
+
+        Held-out tasks make no difference, and neither does how few they are; MeTA-LoRA is for few in any case.
+        """
+        few = group.method == "meta" or (group.samples or self.sizes[-1]) < self.sizes[-1]
+        return Group(group.method, "tasks" if group.where == "kept" else group.where, self.few if few else None)
+
+    def conditions(self):
+        """For results.json: what all runs have in common."""
+        return {name: getattr(self.base, name) for name in SHARED} | self.places | {
+            "held_out": self.held_out, "sizes": self.sizes, "seeds": list(range(self.seeds)),
+            "search_seed": SEARCH_SEED, "threads": torch.get_num_threads(), "parameters": self.parameters}
+
+    def config(self, run, lr):
+        """The TrainConfig of a run. A search never sees the test split."""
+        group, places = run.group, self.places[run.group.where]
+        samples, more = group.samples or self.sizes[-1], {}
+        if group.method == "meta":  # a round's outer gradient is taken on as many samples as a step of the others has
+            half = min(16, samples // 2)
+            more = {"support": half, "query": half,
+                    "tasks_per_round": max(1, min(len(places), self.base.batch_size // half))}
+        return fill_in(replace(
+            self.base, **self.methods[group.method] | more, tasks=places, samples=samples, seed=run.seed, lr=lr,
+            split="test" if run.lr is None else "validation", skip_bad_steps=self.base.steps,  # counted, not fatal
+            out=str(self.out / "runs" / run.name)))
+
+
+def samples_seen(config):
+    """How many samples went forward and backward in a run, each as often as it came."""
+    if config.method == "meta":
+        return config.steps * config.tasks_per_round * (config.inner_steps * config.support + config.query)
+    return config.steps * (config.batch_size // len(config.tasks)) * len(config.tasks)
+
+
+def match(names, base):
+    """({method: TrainConfig settings}, {method: trainable parameters}) with every `match` of claims.METHODS worked out.
+
+    Parameters grow linearly with the rank and with the heads, so two counts tell which value comes nearest to
+    HydraLoRA's number. ValueError if that is not within TOLERANCE.
+    """
+    model, _, _ = load_model(base.model, base.device, base.dtype)
+
+    def count(**settings):
+        add_adapters(model, adapter_config(fill_in(replace(base, **settings))))
+        number = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+        remove_adapters(model)
+        return number
+
+    wanted, methods, counts = count(method="hydralora"), {}, {}
+    for name in sorted(names):
+        settings = dict(METHODS[name])
+        knob = settings.pop("match", None)
+        if knob:
+            two, three = (count(**settings | {knob: value}) for value in (2, 3))
+            settings[knob] = max(2, round(2 + (wanted - two) / (three - two)))
+        methods[name], counts[name] = settings, count(**settings)
+        if knob and abs(counts[name] / wanted - 1) > TOLERANCE:
+            raise ValueError(f"{name} has {counts[name]:,} parameters at --{knob} {settings[knob]}, which is not "
+                             f"within {TOLERANCE:.0%} of HydraLoRA's {wanted:,}; another --rank or --heads may do")
+    return methods, counts
+
+
+def make_plan(args, command=""):
+    """The Plan of the command line; ValueError for what does not go together."""
+    preset = PRESETS[args.preset]
+    mini = args.model == "mini"
+    own = {name: getattr(args, name, None) for name in SHARED}
+    base = replace(TrainConfig(rank=4, steps=preset["steps"], batch_size=preset["batch_size"]),
+                   **{name: value for name, value in own.items() if value is not None})
+    check(base)
+    tasks = [name for given in args.tasks or preset["tasks"] for name in TASK_SETS.get(given, [given])]
+    held_out = args.held_out or ([name for name in HELD_OUT if name in tasks] if mini and not args.tasks else [])
+    missing = [name for name in held_out if name not in tasks]
+    if missing:
+        raise ValueError(f"--held-out {missing[0]} is none of --tasks")
+    languages = args.languages or (["mini-multilingual"] if mini else [])
+    places = {"tasks": tasks, "kept": [name for name in tasks if name not in held_out], "cost": tasks,
+              "languages": [name for given in languages for name in TASK_SETS.get(given, [given])]}
+    sizes = sorted(args.samples or SIZES)
+    if len(sizes) < 2 or sizes[0] > 50:
+        raise ValueError("--samples needs at least two sizes, the smallest at most 50")
+    numbers = args.claims or preset["claims"]
+    needs = {6: (held_out and len(places["kept"]) > 1, "--held-out, with two tasks left to train on"),
+             8: (languages, "--languages")}
+    for number, (there, flags) in needs.items():
+        if number in numbers and not there:
+            if args.claims:
+                raise ValueError(f"claim {number} needs {flags}")
+            print(f"without claim {number}: it needs {flags}")
+    claims = [claim for claim in declare(sizes) if claim.number in numbers and needs.get(claim.number, (True,))[0]]
+    name = "" if mini else f"-{Path(args.model).name}"
+    return Plan(base, places, held_out, sizes, args.rates or (preset["rates"] if mini else RATES),
+                args.seeds or preset["seeds"], claims, Path(args.out or f"runs/compare{name}-{args.preset}"), command)
