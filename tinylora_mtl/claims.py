@@ -63,8 +63,8 @@ class Group:
     samples: int | None = None  # training samples of each task; None: all
 
     def __str__(self):
-        place = {"tasks": "", "kept": ", some tasks held out", "languages": ", languages", "cost": ""}[self.where]
-        return self.method + (f", {self.samples} samples" if self.samples else "") + place
+        samples = f", {self.samples} samples" if self.samples else ""
+        return self.method + samples + (", languages" if self.where == "languages" else "")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,17 @@ class Claim:
     comparisons: tuple
 
 
+def few_of(sizes):
+    """The number of samples that claim 7 calls few: of those that are not all, the largest up to 50."""
+    return max(size for size in sizes[:-1] if size <= 50)
+
+
 def declare(sizes):
     """The eight claims; sizes: the training samples per task of claim 7's curve, the last being all there are."""
     lora, matched, hydra, rlora, mlora = map(Group, ("lora", "lora_matched", "hydralora", "rlora", "mlora"))
     start, dropout, neither = map(Group, ("rlora_start", "rlora_dropout", "rlora_neither"))
     kl, mmd, shuffled = map(Group, ("align_kl", "align_mmd", "align_shuffled"))
-    few = max(size for size in sizes if size <= 50)
+    few = few_of(sizes)
     rivals = (matched, hydra, rlora, mlora)
     claim_6 = [Comparison(Group(name, where), Group(rival.method, where), "unseen" if where == "kept" else "accuracy")
                for where in ("tasks", "kept") for name in ("align_kl", "align_mmd") for rival in rivals]

@@ -28,7 +28,7 @@ from .heads import back_to_start, collect, open_finished, task_distances
 from .multihead import head_cosines
 from .pictures import draw_results, say_missing
 from .plan import PRESETS, SEARCH_SEED, SHARED, SIZES, Run, make_plan, samples_seen
-from .report import judge, markdown
+from .report import best_rate, judge, markdown
 from .run_folder import locked
 from .settings import MAY_DIFFER, TrainConfig, fill_in, flag_of, read_config, resume_config
 from .tasks import load_tasks
@@ -41,13 +41,12 @@ def compare(plan, stop=None):
     Raises ValueError for a run folder that holds another run than the one declared, and Stopped on a signal.
     """
     runs = plan.runs()
-    waiting, rows, rates = {run.name: run for run in runs}, {}, {}
+    waiting, rows = {run.name: run for run in runs}, {}
     with tqdm(total=len(runs), desc="runs", ncols=100) as bar:
         while waiting:
             before = len(waiting)
             for run in list(waiting.values()):
-                key = plan.searched(run.group)
-                lr = run.lr or rates.get(key) or choose(plan, key, rows)
+                lr = run.lr or choose(plan, run.group, rows)
                 if lr is None and run.group.where != "cost":
                     continue  # its search is still in the hands of another process
                 bar.set_postfix_str(run.name[-60:])
@@ -57,8 +56,6 @@ def compare(plan, stop=None):
                     continue
                 del waiting[run.name]
                 bar.update()
-                if run.lr is None and run.group.where != "cost":
-                    rates[key] = lr
             if len(waiting) == before:
                 bar.set_postfix_str("waiting for another process")
                 time.sleep(2)
@@ -68,9 +65,9 @@ def compare(plan, stop=None):
 
 
 def choose(plan, group, rows):
-    """The learning rate of a group with the best validation accuracy, the lower of equals; None before all are in."""
-    tried = [rows.get(Run(group, SEARCH_SEED, lr).name) for lr in sorted(plan.rates)]
-    return None if None in tried else max(tried, key=lambda row: row["average_after"])["lr"]
+    """The learning rate that the search found for a group of runs; None before all runs of the search are in."""
+    tried = {lr: rows.get(Run(plan.searched(group), SEARCH_SEED, lr).name) for lr in plan.rates}
+    return None if None in tried.values() else best_rate({lr: row["average_after"] for lr, row in tried.items()})
 
 
 def do(plan, run, lr, stop):

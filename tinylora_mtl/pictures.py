@@ -66,7 +66,7 @@ def draw_verdicts(results, folder):
         if row["margin"]:
             axes.plot(-row["claimed"] * row["margin"], y, "|", color=BLACK, markersize=9)
     axes.axvline(0, color=BLACK, linewidth=0.8)
-    names = [f"{number}  {row['name'].split(': ', 1)[1]}" for number, row in rows]
+    names = [f"{number}  {row['name'].removeprefix('accuracy: ')}" for number, row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("difference in accuracy (points), mean and 95 % interval over seeds")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .adapters import adapter_parameters, add_adapters, remove_adapters
-from .claims import METHODS, Group, declare
+from .claims import METHODS, Group, declare, few_of
 from .models import load_model
 from .settings import TrainConfig, adapter_config, check, fill_in
 from .tasks import TASK_SETS
@@ -56,7 +56,7 @@ class Plan:
     command: str = ""
 
     def __post_init__(self):
-        self.few = max(size for size in self.sizes if size <= 50)
+        self.few = few_of(self.sizes)
         self.groups = {}  # {Group: the quantities that its runs are needed for}
         for comparison in (comparison for claim in self.claims for comparison in claim.comparisons):
             for side, quantity in ((comparison.left, comparison.quantity),
@@ -151,7 +151,7 @@ def make_plan(args, command=""):
     languages = args.languages or (["mini-multilingual"] if mini else [])
     places = {"tasks": tasks, "kept": [name for name in tasks if name not in held_out], "cost": tasks,
               "languages": [name for given in languages for name in TASK_SETS.get(given, [given])]}
-    sizes = sorted(args.samples or SIZES)
+    sizes = sorted(set(args.samples or SIZES))
     if len(sizes) < 2 or sizes[0] > 50:
         raise ValueError("--samples needs at least two sizes, the smallest at most 50")
     numbers = args.claims or preset["claims"]

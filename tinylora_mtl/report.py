@@ -5,6 +5,11 @@ from statistics import mean, stdev
 from .claims import UNITS, Group, joint_verdict, t_interval, verdict
 
 
+def best_rate(tried):
+    """The learning rate of the best accuracy in {rate: validation accuracy}; of equals the lowest."""
+    return max(sorted(tried), key=tried.get)
+
+
 def judge(plan, rows):
     """What results.json holds, from the rows of all runs."""
     cells = {}  # {(method, where, samples): {seed: row}}
@@ -34,7 +39,7 @@ def judge(plan, rows):
     for key in dict.fromkeys((row["method"], row["where"], row["samples"]) for row in rows if row["search"]):
         tried = {row["lr"]: row["average_after"] for row in rows
                  if row["search"] and (row["method"], row["where"], row["samples"]) == key}
-        lr = max(sorted(tried), key=tried.get)
+        lr = best_rate(tried)
         rates.append(dict(zip(("method", "where", "samples"), key)) | {
             "lr": lr, "tried": {f"{rate:g}": value for rate, value in tried.items()},
             "at_the_edge": len(tried) > 2 and lr in (min(tried), max(tried))})
@@ -58,13 +63,15 @@ def markdown(results):
             limit = f"{-row['claimed'] * row['margin'] or 0:g}"
             lines.append(f"| {claim['claim']} | {name} | {'>' if row['claimed'] > 0 else '<'} {limit} | "
                          f"{row['mean']:+.2f} [{low:+.2f}, {high:+.2f}] | {row['unit']} | {row['verdict']} |")
-    lines += ["", "Comparisons in bold decide the claim. Accuracy is on test samples, the mean of the tasks.", "",
-              "| method | trained on | samples per task | samples seen | rank | heads | parameters | learning rate "
-              "| accuracy, mean ± sd over seeds | seconds a run |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["", "Comparisons in bold decide the claim. Accuracy is on test samples, the mean of the tasks.", ""]
     groups = {}
     for row in results["runs"]:
         if not row["search"] and row["where"] != "cost":
             groups.setdefault((row["method"], row["where"], row["samples"]), []).append(row)
+    if not groups:
+        return "\n".join(lines)
+    lines += ["| method | trained on | samples per task | samples seen | rank | heads | parameters | learning rate "
+              "| accuracy, mean ± sd over seeds | seconds a run |", "|---|---|---|---|---|---|---|---|---|---|"]
     edges = {(rate["method"], rate["where"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
     for (method, where, samples), rows in groups.items():
         first, values = rows[0], [100 * row["average_after"] for row in rows]
