@@ -69,7 +69,7 @@ def draw_verdicts(results, folder):
     names = [f"{number}  {row['name'].removeprefix('accuracy: ')}" for number, row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("difference in accuracy (points), mean and 95 % interval over seeds")
+    axes.set_xlabel("difference in accuracy (points)\nmean and 95 % interval over seeds")
     for name, (colour, mark) in VERDICTS.items():
         axes.plot([], [], mark, color=colour, label=name)
     axes.plot([], [], "|", color=BLACK, label="margin of “keeps up”")
@@ -85,7 +85,8 @@ def draw_budgets(results, folder):
         return []
     figure, panels = new_figure(3.6, len(places), sharey=True, squeeze=False)
     for axes, place in zip(panels[0], places):
-        for method, label, colour, mark in (("meta", "MeTA-LoRA", RED, "o"), ("lora_matched", "LoRA", BLUE, "s")):
+        for method, label, colour, mark, aside in (  # a little aside, so that no bar hides another
+                ("meta", "MeTA-LoRA", RED, "o", 0.97), ("lora_matched", "LoRA", BLUE, "s", 1.03)):
             cells = {}
             for run in results["runs"]:
                 if (run["method"], run["where"]) == (method, place):
@@ -93,7 +94,8 @@ def draw_budgets(results, folder):
             sizes = sorted(cells)
             middles, limits = zip(*[t_interval(cells[size]) for size in sizes])
             reach = [middle - low for middle, (low, _) in zip(middles, limits)]
-            axes.errorbar(sizes, middles, reach, color=colour, marker=mark, capsize=3, label=label)
+            axes.errorbar([aside * size for size in sizes], middles, reach, color=colour, marker=mark, capsize=3,
+                          label=label)
             axes.set_xscale("log")
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
