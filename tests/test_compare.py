@@ -21,7 +21,7 @@ from tinylora_mtl.settings import TrainConfig, adapter_config, read_config
 from tinylora_mtl.tasks import load_tasks
 
 TINY = ("--tasks word_sorting dyck_languages object_counting --seeds 2 --steps 3 --batch-size 6 --samples 8 12 "
-        "--rates 1e-3 5e-3 --rank 2 --heads 3 --device cpu").split()
+        "--rates 1e-3 5e-3 --rank 2 --heads 4 --device cpu").split()
 
 
 def tiny_plan(folder, *flags):
@@ -241,7 +241,7 @@ def test_a_comparison_that_is_killed_goes_on_and_repeats_nothing(tmp_path, monke
         assert (row["mean"], row["interval"]) == (middle, interval)
         assert row["verdict"] == verdict(interval, 1, 2.0)
     hydra, rlora = runs["hydralora", 0], runs["rlora", 0]
-    assert set(hydra["cosine_start"]) == {None} and rlora["cosine_start"] == pytest.approx([-0.5] * 35, abs=0.02)
+    assert set(hydra["cosine_start"]) == {None} and rlora["cosine_start"] == pytest.approx([-1 / 3] * 35, abs=0.02)
     assert hydra["cosine"] == pytest.approx(sum(hydra["cosine_end"]) / 35)
     assert [step for step, _ in hydra["cosine_curve"]] == [0, 1, 3]
     table = (tmp_path / "b" / "table.md").read_text()
@@ -397,7 +397,7 @@ def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
         assert found["step_seconds"] == [2.0, 1.5] and found["peak_bytes"] == [100, 110]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
 def test_the_peak_counts_what_was_allocated_since_the_reset():
     torch.ones(2 ** 24).sum()  # 64 MiB, gone before the count begins
     before = cost.reset_peak()
@@ -425,7 +425,7 @@ def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
     for name in ("verdicts", "budgets", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
-    assert "matplotlib" not in capsys.readouterr().err
+    assert "no pictures" not in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_a_message_and_all_the_rest(tmp_path, monkeypatch, few, capsys):
@@ -447,7 +447,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path, capsys, flags, message)
 
 def test_another_model_needs_languages_for_claim_8(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tinylora_mtl.plan.load_model", lambda *args: load_model("mini", "cpu"))
-    plan = tiny_plan(tmp_path, "--model", "another", "--held-out", "object_counting")
+    plan = tiny_plan(tmp_path, "--model", "another", "--held-out", "object_counting", "--rank", 4, "--heads", 5)
     assert [claim.number for claim in plan.claims] == [1, 2, 3, 4, 5, 6, 7]
     assert "without claim 8: it needs --languages" in capsys.readouterr().out
     with pytest.raises(ValueError, match="claim 8 needs --languages"):
