@@ -156,7 +156,7 @@ def draw_matrix(matrices, folder):
         return []
     mean = sum(matrices.values()) / len(matrices)
     figure, axes = new_figure(4.0)
-    image = axes.imshow(mean, cmap="cividis", vmin=min(0.0, mean.min().item()), vmax=1)
+    image = axes.imshow(mean.tolist(), cmap="cividis", vmin=min(0.0, mean.min().item()), vmax=1)
     for i, row in enumerate(mean.tolist()):
         for j, value in enumerate(row):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9,
