@@ -171,16 +171,17 @@ def test_settings_of_the_runs(tmp_path):
     configs = {name: plan.config(run, 1e-3) for name, run in runs.items()}
     for name, config in configs.items():
         assert (config.split == "validation") == (config.seed == SEARCH_SEED) == name.startswith("search-")
-        assert ("object_counting" in config.tasks) == ("-tasks-" in name)
+        assert "object_counting" not in config.tasks  # held out of --tasks
         assert config.steps == 3 and config.batch_size == 6
     one = configs["meta-tasks-8-seed1"]
     assert (one.support, one.query, one.tasks_per_round, one.samples) == (4, 4, 1, 8)
     assert configs["meta-languages-8-seed0"].tasks == load_names("mini-multilingual")
-    assert configs["align_shuffled-kept-all-seed0"].shuffle_groups and configs["align_kl-kept-all-seed0"].align == "kl"
+    assert configs["align_shuffled-tasks-all-seed0"].shuffle_groups
+    assert configs["align_kl-tasks-all-seed0"].align == "kl" and not configs["align_kl-tasks-all-seed0"].shuffle_groups
     assert len({(c.rank, c.samples) for name, c in configs.items() if "-all-" in name and "meta" not in name
                 and ("align" in name or "lora_matched" in name)}) == 1
     big = make_plan(compare.parse(["--claims", "7", "--device", "cpu"]))
-    for size, sizes in {10: (5, 5, 8), 20: (10, 10, 6), 50: (16, 16, 4), 500: (16, 16, 4)}.items():
+    for size, sizes in {10: (5, 5, 6), 20: (10, 10, 6), 50: (16, 16, 4), 500: (16, 16, 4)}.items():
         config = big.config(Run(Group("meta", samples=size), 0), 1e-3)
         assert (config.support, config.query, config.tasks_per_round) == sizes
         assert config.samples == big.config(Run(Group("lora_matched", samples=size), 0), 1e-3).samples
@@ -340,7 +341,7 @@ def test_the_best_rate_on_validation_is_taken_by_all_runs_of_the_method(tmp_path
 def test_which_search_a_group_takes_its_rate_from(tmp_path):
     plan = tiny_plan(tmp_path, "--claims", 5)
     for group, expected in {
-            Group("rlora"): Group("rlora"), Group("rlora", "kept"): Group("rlora"),
+            Group("rlora"): Group("rlora"), Group("rlora", "languages"): Group("rlora", "languages"),
             Group("lora_matched", samples=8): Group("lora_matched", samples=8),
             Group("meta", samples=12): Group("meta", samples=8),
             Group("meta", "languages", 8): Group("meta", "languages", 8)}.items():
@@ -376,10 +377,10 @@ def test_shuffled_groups_have_the_sizes_of_the_tasks_and_other_members(tmp_path,
 
 def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypatch, few):
     plan = tiny_plan(tmp_path, "--claims", 6, "--held-out", "object_counting")
-    kept, aligned = Run(Group("rlora", "kept"), 0), Run(Group("align_kl"), 0)
-    row = compare.do(plan, kept, 1e-3, None)
+    row = compare.do(plan, Run(Group("rlora"), 0), 1e-3, None)
     assert list(row["unseen_tasks"]) == ["object_counting"] and row["unseen"] == row["unseen_tasks"]["object_counting"]
-    assert list(row["after"]) == ["word_sorting", "dyck_languages"]
+    assert list(row["after"]) == ["word_sorting", "dyck_languages"] and "distance" not in row
+    aligned = Run(Group("align_kl"), 0)
     row = compare.do(plan, aligned, 1e-3, None)
     assert row["moved"] == row["distance"] - row["distance_start"] and row["distance_start"] > 0
     monkeypatch.setattr(compare, "open_finished", None)
@@ -437,7 +438,7 @@ def test_without_matplotlib_there_is_a_message_and_all_the_rest(tmp_path, monkey
 
 @pytest.mark.parametrize("flags, message", [
     (["--claims", "9"], "must be from 1 to 8"), (["--seeds", "1"], "must be from 2 to 21"),
-    (["--claims", "6"], "claim 6 needs --held-out"), (["--held-out", "navigate"], "navigate is none of --tasks"),
+    (["--claims", "6"], "claim 6 needs --held-out"), (["--held-out", "x", "--claims", "6"], "unknown task 'x'"),
     (["--samples", "100", "200"], "the smallest at most 50"), (["--steps", "0"], "--steps must be at least 1")])
 def test_what_does_not_go_together_is_one_line(tmp_path, capsys, flags, message):
     with pytest.raises((ValueError, SystemExit)) as error:

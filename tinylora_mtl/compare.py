@@ -25,6 +25,7 @@ from .cost import compare_costs
 from .evaluate import accuracies, average
 from .files import make_folder, read_json, write_file, write_json
 from .heads import back_to_start, collect, open_finished, task_distances
+from .models import load_model, pick_length
 from .multihead import head_cosines
 from .pictures import draw_results, say_missing
 from .plan import PRESETS, SEARCH_SEED, SHARED, SIZES, Run, make_plan, samples_seen
@@ -86,7 +87,7 @@ def do(plan, run, lr, stop):
                     refuse_another(folder, asdict(read_config(folder)), asdict(config))
                     results = train.main(resume_config(folder, device=config.device), resuming=True, stop=stop)
                 else:
-                    results = train.main(config, stop=stop)
+                    results = train.main(config, stop=stop, before=base_accuracies(plan, run, config))
                 more = measure(plan, folder, plan.groups.get(run.group, set()) if run.lr is None else set())
         except Stopped as stopped:
             raise Stopped(stopped.number, "the same command goes on from here") from stopped
@@ -94,6 +95,16 @@ def do(plan, run, lr, stop):
              "trainable_parameters", "skipped_steps", "seconds")
     return row | {"samples": config.samples, "lr": lr, "rank": config.rank, "heads": config.heads,
                   "samples_seen": samples_seen(config)} | {key: results[key] for key in names if key in results} | more
+
+
+def base_accuracies(plan, run, config):
+    """What the base model scores on a run's tasks, measured once for all runs on the same samples."""
+    file = plan.out / f"base-{run.group.where}-{config.split}.json"
+    if not file.is_file():
+        model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
+        write_json(file, accuracies(model, tokenizer, load_tasks(config.tasks), config.split,
+                                    pick_length(model, config.max_length), config.score))
+    return read_json(file)
 
 
 def do_cost(plan, run, folder):
@@ -178,7 +189,7 @@ def parse(argv=None):
     parser.add_argument("--claims", type=whole(1, 8), nargs="+", metavar="N", help="which of the claims 1 to 8")
     parser.add_argument("--seeds", type=whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 5)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
-    parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 6: those of --tasks not trained on")
+    parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 6: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")
     parser.add_argument("--samples", type=whole(2), nargs="+", metavar="N", help="claim 7: training samples per task; "
                         f"all other runs have the largest (default: {' '.join(map(str, SIZES))})")

@@ -76,7 +76,7 @@ def markdown(results):
     for (method, where, samples), rows in groups.items():
         first, values = rows[0], [100 * row["average_after"] for row in rows]
         heads = first["heads"] if any(kind in method for kind in ("hydra", "rlora", "mlora")) else "-"
-        edge = "*" if (method, where.replace("kept", "tasks"), first["lr"]) in edges else ""
+        edge = "*" if (method, where, first["lr"]) in edges else ""
         lines.append(f"| {method} | {where} | {samples} | {first['samples_seen']:,} | {first['rank']} | {heads} "
                      f"| {first['trainable_parameters']:,} | {first['lr']:g}{edge} | {mean(values):.1f} ± "
                      f"{stdev(values):.1f} | {mean(row['seconds'] for row in rows):.0f} |")

@@ -32,11 +32,11 @@ from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, 
 from .tasks import load_tasks
 
 
-def main(config, resuming=False, stop=None):
+def main(config, resuming=False, stop=None, before=None):
     """Train one adapter, measure before and after, write the run folder; returns what results.json holds.
 
     resuming: go on with the run in config.out instead of starting one (`resume` does that). stop: a StopSignals, if
-    signals are to end the run between two steps. Raises ValueError for settings that cannot work (before anything is
+    signals are to end the run between two steps. before: the base model's accuracies, if they are known. Raises ValueError for settings that cannot work (before anything is
     written), FileExistsError for a folder that already holds a run, FloatingPointError for numbers that are not finite.
     """
     began = time.perf_counter()
@@ -63,7 +63,7 @@ def main(config, resuming=False, stop=None):
             print(f"resumed after step {progress['step']}" if progress else "no checkpoint yet: from the first step")
         if not progress:
             progress = {"step": 0, "skipped_steps": 0, "metrics_bytes": 0, "seconds": 0.0,
-                        "before": accuracies(model, tokenizer, tasks, *scoring)}
+                        "before": before or accuracies(model, tokenizer, tasks, *scoring)}
         progress["began"] = began - progress["seconds"]  # as if it had never been stopped
         train(model, batches, tasks, config, folder, progress, stop or StopSignals())
         columns = {"before": progress["before"]}
