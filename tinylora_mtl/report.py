@@ -1,8 +1,18 @@
-"""From the runs of a comparison to its verdicts, and from results.json to a table in Markdown."""
+"""From the runs of a comparison to its verdicts, and from results.json to Markdown.
 
+python -m tinylora_mtl.report README.md writes the published results (assets/results) into a document: whatever stands
+between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed.
+"""
+
+import re
+from pathlib import Path
 from statistics import mean, stdev
 
 from .claims import UNITS, Group, joint_verdict, t_interval, verdict
+from .cli import Parser, run_command
+from .files import read_json, write_file
+
+PUBLISHED = Path(__file__).parent / "assets" / "results"
 
 
 def best_rate(tried):
@@ -48,30 +58,65 @@ def judge(plan, rows):
 
 
 def markdown(results):
-    """The tables of table.md: verdicts, then every group of runs with its conditions, from results.json alone."""
-    conditions = results["conditions"]
-    lines = [f"{len(conditions['seeds'])} seeds, {conditions['steps']} steps of {conditions['batch_size']} samples, "
-             f"model {conditions['model']}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.",
-             "", "| claim | verdict |", "|---|---|"]
-    lines += [f"| {claim['claim']}. {claim['text']} | **{claim['verdict']}** |" for claim in results["claims"]]
-    lines += ["", "| claim | comparison | claimed | mean difference [95 % interval] | unit | verdict |",
-              "|---|---|---|---|---|---|"]
+    """What table.md holds, from results.json alone."""
+    return "\n\n".join(piece(results, name) for name in ("conditions", "verdicts", "comparisons", "runs")) + "\n"
+
+
+def piece(results, name):
+    """A piece of a document: one of TABLES, or "2: accuracy: rlora - hydralora", the difference that claim 2 found.
+
+    ValueError for a name that is none.
+    """
+    if name in TABLES:
+        return TABLES[name](results)
     for claim in results["claims"]:
         for row in claim["comparisons"]:
-            low, high = row["interval"]
+            if name == f"{claim['claim']}: {row['name']}":
+                return difference(row)
+    raise ValueError(f"the results have no {name!r}")
+
+
+def difference(row):
+    """The mean difference of a comparison and its interval."""
+    low, high = row["interval"]
+    return f"{row['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def conditions(results):
+    """What all runs have in common, in a sentence."""
+    shared = results["conditions"]
+    return (f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {shared['batch_size']} samples, model "
+            f"{Path(shared['model']).name}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.")
+
+
+def verdicts(results):
+    """A row for each claim."""
+    return "\n".join(["| claim | verdict |", "|---|---|", *[
+        f"| {claim['claim']}. {claim['text']} | **{claim['verdict']}** |" for claim in results["claims"]]])
+
+
+def comparisons(results):
+    """A row for each comparison."""
+    lines = ["| claim | comparison | claimed | mean difference [95 % interval] | unit | verdict |",
+             "|---|---|---|---|---|---|"]
+    for claim in results["claims"]:
+        for row in claim["comparisons"]:
             name = f"**{row['name']}**" if row["decides"] else row["name"]
             limit = f"{-row['claimed'] * row['margin'] or 0:g}"
             lines.append(f"| {claim['claim']} | {name} | {'>' if row['claimed'] > 0 else '<'} {limit} | "
-                         f"{row['mean']:+.2f} [{low:+.2f}, {high:+.2f}] | {row['unit']} | {row['verdict']} |")
-    lines += ["", "Comparisons in bold decide the claim. Accuracy is on test samples, the mean of the tasks.", ""]
+                         f"{difference(row)} | {row['unit']} | {row['verdict']} |")
+    return "\n".join([*lines, "", "Comparisons in bold decide the claim. Accuracy is on test samples, the mean of the "
+                                  "tasks; unseen: of the tasks that were not trained on."])
+
+
+def runs(results):
+    """A row for each group of runs, with the conditions that differ."""
     groups = {}
     for row in results["runs"]:
         if not row["search"] and row["where"] != "cost":
             groups.setdefault((row["method"], row["where"], row["samples"]), []).append(row)
-    if not groups:
-        return "\n".join(lines)
-    lines += ["| method | trained on | samples per task | samples seen | rank | heads | parameters | learning rate "
-              "| accuracy, mean ± sd over seeds | seconds a run |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| method | trained on | samples per task | samples seen | rank | heads | parameters | learning rate "
+             "| accuracy, mean ± sd over seeds | seconds a run |", "|---|---|---|---|---|---|---|---|---|---|"]
     edges = {(rate["method"], rate["where"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
     for (method, where, samples), rows in groups.items():
         first, values = rows[0], [100 * row["average_after"] for row in rows]
@@ -80,6 +125,29 @@ def markdown(results):
         lines.append(f"| {method} | {where} | {samples} | {first['samples_seen']:,} | {first['rank']} | {heads} "
                      f"| {first['trainable_parameters']:,} | {first['lr']:g}{edge} | {mean(values):.1f} ± "
                      f"{stdev(values):.1f} | {mean(row['seconds'] for row in rows):.0f} |")
-    lines += ["", "Learning rates were chosen for each method on validation samples, with a seed of their own; * marks "
-              "the smallest or largest of those tried. Parameters are those that train."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "Learning rates were chosen for each method on validation samples, with a seed of "
+                                  "their own; * marks the smallest or largest of those tried. Parameters are those "
+                                  "that train."])
+
+
+TABLES = {"conditions": conditions, "verdicts": verdicts, "comparisons": comparisons, "runs": runs}
+
+
+def filled(text):
+    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew from FILE.json."""
+    def fill(found):
+        made = piece(read_json(PUBLISHED / f"{found[2]}.json"), found[3])
+        return found[1] + (f"\n{made}\n" if found[3] in TABLES else made) + "<!-- end -->"
+    return re.sub(r"(<!-- (\w+): (.+?) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main(argv=None):
+    """Fill documents in place."""
+    parser = Parser("report", __doc__)
+    parser.add_argument("documents", nargs="+", type=Path, help="Markdown files, for example README.md walkthrough.md")
+    for document in parser.parse_args(argv).documents:
+        write_file(document, filled(document.read_text(encoding="utf-8")).encode())
+
+
+if __name__ == "__main__":
+    run_command(main)
