@@ -40,8 +40,19 @@ def kl_alignment(groups):
     return kl_all_pairs(mean, variance) / (count * (count - 1) / 2)
 
 
+def symmetric_kl(mean, variance, other_mean, other_variance):
+    """[ex5] The symmetric KL divergence ½ (KL(t‖t') + KL(t'‖t)) of two diagonal Gaussians, summed over the features.
+
+    All four [r] -> a scalar. Per feature, the logarithms cancel:
+        D = ¼ [ v/v' + v'/v - 2 + (μ - μ')² (1/v + 1/v') ]
+    """
+    ratio = variance / other_variance + other_variance / variance - 2  # [r]
+    shift = (mean - other_mean).square() * (1 / variance + 1 / other_variance)  # [r]
+    return (ratio + shift).sum() / 4
+
+
 def kl_all_pairs(mean, variance):
-    """Σ_{i<j} D_ij between diagonal Gaussians, symmetric and summed over features, without a loop over pairs.
+    """[ex6] Σ_{i<j} D_ij between diagonal Gaussians, symmetric and summed over features, without a loop over pairs.
 
     mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
         Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]

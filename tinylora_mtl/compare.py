@@ -26,7 +26,7 @@ from .evaluate import accuracies, average
 from .files import make_folder, read_json, write_file, write_json
 from .heads import back_to_start, collect, open_finished, task_distances
 from .models import load_model, pick_length
-from .multihead import head_cosines
+from .multihead import head_cosines, mean_of_pairs
 from .pictures import draw_results, say_missing
 from .plan import PRESETS, SEARCH_SEED, SHARED, SIZES, Run, make_plan, samples_seen
 from .report import best_rate, judge, markdown
@@ -165,7 +165,8 @@ def measure(plan, folder, wanted):
 
 def mean_distance(model, tokenizer, tasks, config):
     """The mean over the layers of the tasks' distance: what the alignment loss is, on validation samples."""
-    return average(task_distances(collect(model, tokenizer, tasks, config.max_length)))
+    apart = task_distances(collect(model, tokenizer, tasks, config.max_length))
+    return average({name: mean_of_pairs(matrix).item() for name, matrix in apart.items()})
 
 
 def write_reports(results, out):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .adapters import add_adapters, find_adapters, load_adapter, remove_adapters
-from .align import collect_features, kl_alignment, real_tokens
+from .align import VARIANCE_FLOOR, collect_features, real_tokens, symmetric_kl
 from .batching import collate, encode, forward
 from .cli import Parser, run_command
 from .evaluate import like_lengths
@@ -70,8 +70,18 @@ def collect(model, tokenizer, tasks, max_length=None, part="lora_A", split="vali
 
 
 def task_distances(features):
-    """{layer: kl_alignment of the tasks' features}, of what `collect` returns."""
-    return {name: kl_alignment([torch.cat(samples) for samples in tasks]).item() for name, tasks in features.items()}
+    """{layer: [T, T], the symmetric KL divergence of every pair of tasks}, of what `collect` returns.
+
+    The mean over pairs is what `kl_alignment` is of the same features.
+    """
+    def gaussian(samples):
+        z = torch.cat(samples)  # [tokens, r]
+        return z.mean(0), z.var(0, unbiased=False) + VARIANCE_FLOOR
+    found = {}
+    for name, tasks in features.items():
+        gaussians = [gaussian(samples) for samples in tasks]
+        found[name] = torch.tensor([[symmetric_kl(*one, *other) for other in gaussians] for one in gaussians])
+    return found
 
 
 def task_cosines(features):
@@ -117,12 +127,15 @@ def look(folder, device="auto"):
     several = len(tasks) > 1
     layers = [{"layer": name, "head_cosine_start": start.get(name), "head_cosine": now.get(name),
                "task_cosine": mean_of_pairs(alike[name]).item() if several else None,
-               "distance_start": apart_at_start[name] if several else None,
-               "distance": apart[name] if several else None} for name in features]
+               "distance_start": mean_of_pairs(apart_at_start[name]).item() if several else None,
+               "distance": mean_of_pairs(apart[name]).item() if several else None} for name in features]
+    names = [task.name for task in tasks]
+    distances = torch.stack(list(apart.values())).mean(0).tolist()
     weights = torch.stack(list(router.values())).mean(0).tolist() if router else []
     report = {"run": str(folder), "method": config.method, "layers": layers,
-              "router": {task.name: row for task, row in zip(tasks, weights)}}
-    return report, (matrices, principal_components(features), [task.name for task in tasks])
+              "distances": {name: dict(zip(names, row)) for name, row in zip(names, distances)},
+              "router": dict(zip(names, weights))}
+    return report, (matrices, principal_components(features), names)
 
 
 def show(report):
@@ -140,6 +153,10 @@ def show(report):
     lines += [f"{row['layer'][-37:]:38}" + "".join(cell(row[name]) for name in columns) for row in rows]
     lines += ["", "heads alike: mean cosine between heads, -: none, or heads of zeros; tasks: mean cosine between the",
               "tasks' mean features; tasks apart: mean KL divergence between their features, in nats"]
+    if len(report["distances"]) > 1:
+        lines += ["", "how far apart the tasks are, in the same order, mean of the layers"]
+        lines += [f"{task[-26:]:26}" + "".join(f"{value:7.2f}" for value in row.values())
+                  for task, row in report["distances"].items()]
     if report["router"]:
         lines += ["", "the router's weight for each head, mean of the layers"]
         lines += [f"{task[-37:]:38}" + "".join(cell(value, 3) for value in row)

@@ -44,13 +44,17 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
+        """[ex1] y = W x + b + s · B A drop(x), in the type that the base layer returns.
+
+        x [..., d_in] -> y [..., d_out]. The base layer sees x as it is; the branch computes in float32, and dropout
+        acts on its input only. `self.lora_A` is called as a layer, so that its output can be collected.
+        """
         y = self.base(x)  # [..., d_out]
         z = self.lora_A(self.dropout(x.float()))  # [..., r]
         return y + (self.scaling * self.lora_B(z)).to(y.dtype)
 
     def delta(self):
-        """ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""
+        """[ex2] ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
 

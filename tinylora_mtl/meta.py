@@ -21,7 +21,7 @@ from .batching import label_loss
 
 
 def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
-    """Both stages for one round: the gradient g that the outer optimiser is to apply to the shared adapter.
+    """[ex8] Both stages for one round: the gradient g that the outer optimiser is to apply to the shared adapter.
 
     Args:
         model: a model with adapters, at θ.
@@ -73,7 +73,7 @@ def adapted_to(model, support, inner_lr, inner_steps):
 
 @torch.no_grad()
 def inner_step(parameters, gradients, inner_lr):
-    """θ_i ← θ_i - α ∇ L(S_i; θ_i), in place: plain gradient descent, no momentum, no state."""
+    """[ex7] θ_i ← θ_i - α ∇ L(S_i; θ_i), in place: plain gradient descent, no momentum, no state."""
     for parameter, gradient in zip(parameters, gradients):
         parameter -= inner_lr * gradient
 

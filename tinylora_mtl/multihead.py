@@ -84,7 +84,7 @@ class MultiHeadLoRALinear(nn.Module):
 
 
 def combine_heads(z, weights, heads):
-    """Σ_i w_i B_i z_i as one matrix product: [w_1 z_1, …, w_N z_N] times the heads laid side by side.
+    """[ex3] Σ_i w_i B_i z_i as one matrix product: [w_1 z_1, …, w_N z_N] times the heads laid side by side.
 
     z [..., N, r], weights [..., N] (None: all 1), heads [N, d_out, r] -> [..., d_out]. The same as a loop over the
     heads, but no tensor of shape [..., N, d_out] is ever made.
@@ -97,7 +97,7 @@ def combine_heads(z, weights, heads):
 
 @torch.no_grad()
 def random_start(A, heads, gamma):
-    """R-LoRA's random start, in place: A [r, d_in] and heads [N, d_out, r] (arXiv 2502.15455, table 1).
+    """[ex4] R-LoRA's random start, in place: A [r, d_in] and heads [N, d_out, r] (arXiv 2502.15455, table 1).
 
         A ~ d_out^¼ / √γ · N(0, 1/d_in)        B_i ~ d_out^¼ / √γ · N(0, 1/d_out)        (variances)
 
