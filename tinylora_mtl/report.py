@@ -1,10 +1,15 @@
 """From the runs of a comparison to its verdicts, and from results.json to Markdown.
 
 python -m tinylora_mtl.report README.md writes the published results (assets/results) into a document: whatever stands
-between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed.
+between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed. And between
+<!-- source: lora.LoRALinear.forward --> and <!-- end --> stand the lines of that function, without its docstring.
 """
 
+import ast
+import importlib
+import inspect
 import re
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -133,9 +138,23 @@ def runs(results):
 TABLES = {"conditions": conditions, "verdicts": verdicts, "comparisons": comparisons, "runs": runs}
 
 
+def source(name):
+    """The lines of a function of this package, "module.function" or "module.Class.method", without its docstring."""
+    module, *path = name.split(".")
+    part = importlib.import_module(f".{module}", __package__)
+    for attribute in path:
+        part = getattr(part, attribute)
+    text = textwrap.dedent(inspect.getsource(part))
+    first = ast.parse(text).body[0].body[0]
+    lines = text.splitlines()
+    return "\n".join(lines[:first.lineno - 1] + lines[first.end_lineno:])
+
+
 def filled(text):
-    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew from FILE.json."""
+    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew, from FILE.json or the source."""
     def fill(found):
+        if found[2] == "source":
+            return f"{found[1]}\n```python\n{source(found[3])}\n```\n<!-- end -->"
         made = piece(read_json(PUBLISHED / f"{found[2]}.json"), found[3])
         return found[1] + (f"\n{made}\n" if found[3] in TABLES else made) + "<!-- end -->"
     return re.sub(r"(<!-- (\w+): (.+?) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)

@@ -1,0 +1,94 @@
+"""The documents, as a reader goes through them: every code block runs, in order, and prints what stands below it."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinylora_mtl
+from tinylora_mtl.report import filled
+
+ROOT = Path(tinylora_mtl.__file__).parents[1]
+BLOCK = re.compile(r"(?:(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```)", re.DOTALL)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def blocks(text):
+    """[(mark, language, body)] of the code blocks of a document; the mark is a comment on the line before."""
+    return [(found["mark"] or "", found["language"], found["body"]) for found in BLOCK.finditer(text)]
+
+
+def same(printed, shown, varies=False):
+    """Whether a block shows what was printed: the same words, and numbers that are nearly equal (or only there)."""
+    words = [" ".join(NUMBER.sub("#", text).split()) for text in (printed, shown)]
+    numbers = [[float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (printed, shown)]
+    return words[0] == words[1] and (varies or numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.021))
+
+
+def run_block(language, body, names):
+    """Run a block as a reader would; returns what it prints (a command's bar and warnings aside)."""
+    if language == "python":
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(body, "<document>", "exec"), names)
+        return printed.getvalue()
+    printed = ""
+    for line in body.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:3:2] == ["python", words[2]] and words[1] == "-m", line
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        printed += done.stdout
+    return printed
+
+
+def test_what_is_the_same():
+    assert same("a  1.00 b\n", "a 1.01 b") and not same("a 1.0", "a 2.0") and same("a 1.0", "a 2.0", varies=True)
+    assert not same("a 1.0 b", "a 1.0", varies=True) and same("1,000 (2-3)", "1000 (2-3)")
+
+
+@pytest.mark.parametrize("name", ["README.md", "walkthrough.md"])
+def test_what_is_made_from_files_and_source_is_up_to_date(name):
+    """python -m tinylora_mtl.report README.md walkthrough.md makes it anew."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert filled(text) == text
+    assert max(map(len, text.splitlines())) <= 122 or name == "README.md"
+
+
+@pytest.mark.slow
+def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names, printed, checked = {"__name__": "walkthrough"}, "", 0
+    for mark, language, body in blocks((ROOT / "walkthrough.md").read_text(encoding="utf-8")):
+        if language == "text":
+            assert same(printed, body, varies=mark == "varies"), f"printed:\n{printed}\nshown:\n{body}"
+            checked += 1
+        elif not mark.startswith("source: "):
+            printed = run_block(language, body, names)
+    assert checked >= 10
+
+
+def rewrite(path):
+    """Put what is printed now into a document's text blocks: how they were made (with the working directory elsewhere)."""
+    names, printed, text = {"__name__": "walkthrough"}, "", path.read_text(encoding="utf-8")
+
+    def made(found):
+        nonlocal printed
+        if found["language"] == "text":
+            return found[0].replace(f"```text\n{found['body']}", f"```text\n{printed}")
+        if not (found["mark"] or "").startswith("source: "):
+            printed = run_block(found["language"], found["body"], names)
+        return found[0]
+    path.write_text(filled(BLOCK.sub(made, text)), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rewrite(ROOT / sys.argv[1])
