@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +41,7 @@ def run_block(language, body, names):
             exec(compile(body, "<document>", "exec"), names)
         return printed.getvalue()
     printed = ""
-    for line in body.splitlines():
+    for line in body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         assert words[:3:2] == ["python", words[2]] and words[1] == "-m", line
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=900)
@@ -58,12 +60,22 @@ def test_what_is_made_from_files_and_source_is_up_to_date(name):
     """python -m tinylora_mtl.report README.md walkthrough.md makes it anew."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert filled(text) == text
-    assert max(map(len, text.splitlines())) <= 122 or name == "README.md"
+
+
+def make_desk(folder):
+    """What the documents take for granted beside the package: a model, and tasks of the reader's own."""
+    shutil.copytree(Path(tinylora_mtl.__file__).parent / "assets" / "mini", folder / "path" / "to" / "a" / "model")
+    (folder / "path" / "to" / "a" / "task").mkdir()
+    for name in ("my_task.jsonl", "path/to/a/task/train.jsonl", "path/to/a/task/test.jsonl"):
+        rows = [{"prompt": f"{name}: is {number} even? Answer:", "target": ("yes", "no")[number % 2]}
+                for number in range(60 if "test" not in name else 20)]
+        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 @pytest.mark.slow
 def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    make_desk(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     names, printed, checked = {"__name__": "walkthrough"}, "", 0
     for mark, language, body in blocks((ROOT / "walkthrough.md").read_text(encoding="utf-8")):
