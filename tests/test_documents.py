@@ -1,9 +1,12 @@
 """The documents, as a reader goes through them: every code block runs, in order, and prints what stands below it."""
 
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -60,6 +63,26 @@ def test_what_is_made_from_files_and_source_is_up_to_date(name):
     """python -m tinylora_mtl.report README.md walkthrough.md makes it anew."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert filled(text) == text
+
+
+@pytest.mark.parametrize("name", tinylora_mtl.__all__)
+def test_help_teaches(name):
+    """help(tinylora_mtl.NAME): the shapes, what can go wrong, and the paper."""
+    text = inspect.getdoc(getattr(tinylora_mtl, name))
+    assert re.search(r"\[[^\]]*\b(d_in|d_out|r)\b[^\]]*\]", text), "no shapes"
+    assert re.search(r"[Rr]aises (ValueError|FileNotFoundError|nothing)", text), "no errors"
+    assert re.search(r"(arXiv|and|,) \d{4}\.\d{5}", text) and "arXiv" in text, "no source"
+
+
+def test_everything_public_has_a_docstring():
+    missing = []
+    for module in pkgutil.iter_modules(tinylora_mtl.__path__):
+        names = vars(importlib.import_module(f"tinylora_mtl.{module.name}"))
+        assert names["__doc__"], module.name
+        missing += [f"{module.name}.{name}" for name, part in names.items() if inspect.isfunction(part)
+                    and part.__module__.endswith(module.name) and not name.startswith("_") and not part.__doc__
+                    and len(inspect.getsource(part).splitlines()) > 6]
+    assert not missing
 
 
 def make_desk(folder):

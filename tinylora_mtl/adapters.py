@@ -38,7 +38,13 @@ PREFIX = "base_model.model."  # of every key in a PEFT adapter file
 
 @dataclass
 class AdapterConfig:
-    """Which adapters to add, and where. Align-LoRA and MeTA-LoRA train plain "lora" adapters."""
+    """Which adapters to add, and where.
+
+    "lora": y = W x + b + s · B A drop(x), arXiv 2106.09685. "hydralora", "rlora", "mlora": N heads B_i on one A, see
+    `MultiHeadLoRALinear` (arXiv 2404.19245, 2502.15455, 2508.05078). Align-LoRA (2508.05078) and MeTA-LoRA (2510.11598)
+    train plain "lora" adapters, with another loss and another loop. A is [r, d_in], B and each B_i [d_out, r].
+    Nothing is checked here: `add_adapters` raises ValueError for what cannot be.
+    """
 
     method: str = "lora"  # one of METHODS: lora, hydralora, rlora, mlora
     rank: int = 8  # r, the width of the low-rank branch
@@ -54,6 +60,8 @@ class AdapterConfig:
 def add_adapters(model, config):
     """Replace the targeted linear layers of a model, in place, by layers with an adapter; freeze all the rest.
 
+    A layer W [d_out, d_in] becomes y = W x + b + branch(x), x [..., d_in] -> y [..., d_out]; the branch of each method,
+    its equation and its paper are in `LoRALinear` (arXiv 2106.09685) and `MultiHeadLoRALinear` (2404.19245, 2502.15455).
     In evaluation mode the outputs do not change until the first training step; in training mode, dropout on R-LoRA's
     random heads shows at once. The adapters are float32 whatever the model's type.
     Returns {layer name: adapter}. Raises ValueError for an unknown method, targets that match no linear layer (the
@@ -122,13 +130,21 @@ def find_adapters(model):
 
 
 def adapter_parameters(model):
-    """{name: Parameter} of everything that trains: A, B or the heads, and the routers, but never the base."""
+    """{name: Parameter} of everything that trains, but never the base; {} of a model without adapters.
+
+    For each layer `lora_A.weight` [r, d_in] and `lora_B.weight` [d_out, r] (LoRA, arXiv 2106.09685), or `heads`
+    [N, d_out, r] instead of B and, if routed, `router.weight` [N, d_in] (arXiv 2404.19245). Raises nothing.
+    """
     return {f"{layer}.{name}": parameter for layer, adapter in find_adapters(model).items()
             for name, parameter in adapter.named_parameters() if not name.startswith("base.")}
 
 
 def remove_adapters(model):
-    """Put the base layers back, in place. The base was never changed, so the model is what it was, bit for bit."""
+    """Put the base layers back, in place. The base was never changed, so the model is what it was, bit for bit.
+
+    Each W [d_out, d_in] is the very tensor that it was: the start of R-LoRA's heads is not taken from it, as it is in
+    arXiv 2502.15455. Of a model without adapters nothing is changed. Raises nothing.
+    """
     for name, adapter in find_adapters(model).items():
         replace_module(model, name, adapter.base)
     _forget_adapters(model)
@@ -136,9 +152,9 @@ def remove_adapters(model):
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Add each adapter's ΔW to its layer's weight and leave plain layers, in place: W + s · B A.
+    """Add each adapter's ΔW [d_out, d_in] to its layer's weight and leave plain layers, in place: W + s · B A.
 
-    Computed in float32 and rounded once to the base's type, so a bfloat16 model merges to within its own rounding.
+    For M-LoRA it is W + s · Σ_i B_i A. Source: arXiv 2106.09685, section 4.1, and 2508.05078. Computed in float32 and rounded once to the base's type, so a bfloat16 model merges to within its own rounding.
     Raises ValueError, before anything is changed, for routed adapters (HydraLoRA, R-LoRA) and for a weight that the
     model uses in a second place (a head tied to the embedding): that place would change with it.
     """
@@ -175,7 +191,8 @@ def replace_module(model, name, module):
 def save_adapter(model, folder):
     """Write the adapters of a model to `folder`, as adapter_config.json and adapter_model.safetensors.
 
-    LoRA adapters are files of PEFT, scaling included (`r`, `lora_alpha`, `use_rslora`). ValueError without adapters.
+    LoRA adapters (A [r, d_in], B [d_out, r]) are files of PEFT, scaling included (`r`, `lora_alpha`, and `use_rslora` for
+    arXiv 2312.03732). Raises ValueError without adapters, OSError where they cannot be written.
     """
     adapters = find_adapters(model)
     if not adapters or not hasattr(model, "adapter_config"):
@@ -204,9 +221,9 @@ def save_adapter(model, folder):
 
 
 def load_adapter(model, folder):
-    """Add the adapters that `save_adapter` wrote (or PEFT, for LoRA) to a model, in place.
+    """Add the adapters that `save_adapter` wrote (or PEFT, for LoRA, arXiv 2106.09685) to a model, in place.
 
-    Returns {layer name: adapter}. Raises FileNotFoundError if a file is missing, and ValueError, before the model is
+    Returns {layer name: adapter}; a layer W [d_out, d_in] has one as in `add_adapters`. Raises FileNotFoundError if a file is missing, and ValueError, before the model is
     changed, for anything that is not an adapter of this model: see `read_adapter`. No file that is loaded can run code.
     """
     if find_adapters(model):

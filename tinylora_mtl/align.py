@@ -28,7 +28,7 @@ def kl_alignment(groups):
 
     groups: one [n_t, r] tensor per task, n_t may differ -> a scalar. Each task is a diagonal Gaussian (μ_t, v_t);
     D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer than two tokens has no variance and is
-    left out; with fewer than two tasks left, the result is 0 (and still has a gradient, which is 0).
+    left out; with fewer than two tasks left, the result is 0 (and still has a gradient, which is 0). Raises nothing.
     Source: arXiv 2508.05078, equations 4 to 6.
     """
     kept = [group.float() for group in groups if len(group) > 1]
@@ -73,7 +73,7 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
         D = mean_{a≠b} k(z_a, z_b) + mean_{a≠b} k(z'_a, z'_b) - 2 mean_{a,b} k(z_a, z'_b)
         k(z, z') = Σ_σ exp(-‖z - z'‖² / 2σ)
     Of a task with more than MMD_TOKENS tokens a random subset of that size is used. Tasks with fewer than two tokens
-    are left out, as in `kl_alignment`. Source: arXiv 2508.05078; the estimator without its diagonal is Gretton et
+    are left out, as in `kl_alignment`. Raises nothing. Source: arXiv 2508.05078; the estimator without its diagonal is Gretton et
     al., JMLR 2012, lemma 6.
     """
     kept = [_subset(group.float()) for group in groups if len(group) > 1]

@@ -16,7 +16,7 @@ from torch import nn
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s · B A drop(x), with W and b frozen.
+    """y = W x + b + s · B A drop(x), with W [d_out, d_in] and b frozen; x [..., d_in] -> y [..., d_out].
 
     Args:
         base: the layer to adapt, an `nn.Linear` (or GPT-2's `Conv1D`); it is frozen here and never changed.

@@ -31,7 +31,8 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         losses: a list, if given, to which each task's (support loss before, support loss after, query loss) is added
             as tensors; the middle one costs a forward pass, so it is for steps that are logged.
 
-    Returns {parameter name: g, of the parameter's shape}. Every parameter is as it was, no `.grad` is touched, and
+    Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a batch
+    without labels; the adapter is θ then too. Every parameter is as it was, no `.grad` is touched, and
     stage 1 draws its random numbers (dropout) aside, so the random state is as if there had been only stage 2. Tasks
     come one after another and no step is differentiated through, so memory does not grow with n or k.
     Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.

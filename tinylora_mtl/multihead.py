@@ -25,7 +25,7 @@ from .lora import linear_shape, lora_scaling
 
 
 class MultiHeadLoRALinear(nn.Module):
-    """y = W x + b + s · Σ_i w_i(x) · B_i z_i, with W and b frozen.
+    """y = W x + b + s · Σ_i w_i(x) · B_i z_i, with W [d_out, d_in] and b frozen; x [..., d_in] -> y [..., d_out].
 
     Args:
         base: the layer to adapt, an `nn.Linear` (or GPT-2's `Conv1D`); it is frozen here and never changed.
@@ -41,8 +41,9 @@ class MultiHeadLoRALinear(nn.Module):
     None), all without bias and in float32 whatever the base's type, and `scaling` (s).
 
     Whatever the start, the layer equals its base at step 0 (with random_init: in evaluation mode and to rounding, since
-    centred heads cancel only under equal masks). Raises ValueError for a rank or a number of heads below
-    1, and for random_init with a single head: centred, it would be zero for ever.
+    centred heads cancel only under equal masks). Raises ValueError for a rank or a number of heads below 1, for a base
+    that is not a linear layer, and for random_init with a single head: centred, it would be zero for ever.
+    Sources: arXiv 2404.19245 (HydraLoRA), 2502.15455 (R-LoRA, table 1 and figure 4), 2508.05078 (M-LoRA).
     """
 
     def __init__(self, base, rank, alpha, heads, dropout=0.0, head_dropout=0.0, random_init=False, gamma=64,
