@@ -140,7 +140,7 @@ def heads_loop(z, weights, heads):
     return sum(weights[..., i, None] * (z[..., i, :] @ heads[i].T) for i in range(len(heads)))
 
 
-def heads_unweighed(z, weights, heads):
+def heads_unweighted(z, weights, heads):
     return z.flatten(-2) @ heads.transpose(0, 1).flatten(1).T
 
 
@@ -281,7 +281,7 @@ WRONG = {
             lambda self: self.base.weight + self.scaling * self.lora_B.weight @ self.lora_A.weight: "ΔW",
             lambda self: self.scaling ** 2 * self.lora_B.weight @ self.lora_A.weight: "once"},
     "ex3": {heads_transposed: "side by side", heads_loop: "no tensor of shape|one matrix product",
-            heads_unweighed: "weighed by w_i", heads_mean: "not a mean", heads_softmax_twice: "another softmax",
+            heads_unweighted: "weighted by w_i", heads_mean: "not a mean", heads_softmax_twice: "another softmax",
             heads_one_z: "its own z_i"},
     "ex4": {start(of_rank=True): "not r\\^¼", start(scale_power=0.5): "d_out\\^¼", start(centred=False): "subtracted|mean is",
             start(root=False): "variance 1 / d", start(loop=True): "scaled once", start(same=True): "alike|differ",

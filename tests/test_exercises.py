@@ -114,9 +114,9 @@ HEADS = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, -
 
 
 @pytest.mark.ex3
-def test_ex3_heads_are_weighed_and_added_up():
+def test_ex3_heads_are_weighted_and_added_up():
     close(multihead.combine_heads(Z, torch.tensor([[0.25, 0.75]]), HEADS), [[4.75, 1.25, -3.0]],
-          "Σ_i w_i B_i z_i: is head i weighed by w_i, and does it see its own z_i? A sum, not a mean; and w as it is, "
+          "Σ_i w_i B_i z_i: is head i weighted by w_i, and does it see its own z_i? A sum, not a mean; and w as it is, "
           "without another softmax. For one product, the rows of every B_i are laid side by side: [d_out, N·r]")
 
 
@@ -193,7 +193,7 @@ def test_ex4_the_start_of_the_heads(started):
 def test_ex4_the_heads_are_centred_and_differ(started):
     heads = started[1]
     assert heads.mean(0).abs().max() < 1e-6, "the mean over the heads is to be subtracted, so that Σ_i B_i = 0"
-    assert (heads[0] - heads[1]).abs().mean() > 0.01, "the heads should be drawn one by one, so that they differ"
+    assert (heads[0] - heads[1]).abs().mean() > 0.01, "the heads should be drawn independently, so that they differ"
 
 
 @pytest.mark.ex4
@@ -231,7 +231,7 @@ def test_ex5_there_and_back():
     (first, second), (v, w) = gaussians(2)
     found = align.symmetric_kl(first, v, second, w)
     close(align.symmetric_kl(second, w, first, v), found.item(), "symmetric: the two may change places")
-    close(found, reference(first, v, second, w), "½ (KL(t‖t') + KL(t'‖t)) of torch's own distributions is something else")
+    close(found, reference(first, v, second, w), "it differs from ½ (KL(t‖t') + KL(t'‖t)) by torch.distributions")
 
 
 @pytest.mark.ex5
@@ -358,7 +358,11 @@ def test_ex8_without_inner_steps_it_is_multi_task_training():
     model, episodes = round_of_tasks(2)
     alone = [at_adapted(model, support, query, 0.5, 0) for support, query in episodes]
     mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
-    expect(outer_gradient(model, episodes, 0.5, 0), mean, "with k = 0 it is the plain gradient over the query sets")
+    losses = []
+    expect(outer_gradient(model, episodes, 0.5, 0, losses), mean, "with k = 0 it is the plain gradient over the query sets")
+    for before, after, query in losses:
+        assert before is not None and torch.equal(before, after), "without a step, the support loss before is that after"
+        assert not query.requires_grad, "the losses are for the log: detach them"
 
 
 @pytest.mark.ex8

@@ -165,7 +165,7 @@ def merge_adapters(model):
         raise ValueError(f"the weight of {shared[0]} is used in a second place of the model, which would change too")
     routed = [name for name, adapter in adapters.items() if getattr(adapter, "router", None) is not None]
     if routed:
-        raise ValueError(f"{routed[0]} and {len(routed) - 1} more layers are routed: their heads are weighed anew for "
+        raise ValueError(f"{routed[0]} and {len(routed) - 1} more layers are routed: their heads are weighted anew for "
                          "every token, so no single weight equals them; keep the adapter in its own file")
     for name, adapter in adapters.items():
         weight, delta = adapter.base.weight, adapter.delta()

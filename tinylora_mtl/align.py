@@ -43,8 +43,9 @@ def kl_alignment(groups):
 def symmetric_kl(mean, variance, other_mean, other_variance):
     """[ex5] The symmetric KL divergence ½ (KL(t‖t') + KL(t'‖t)) of two diagonal Gaussians, summed over the features.
 
-    All four [r] -> a scalar. Per feature, the logarithms cancel:
-        D = ¼ [ v/v' + v'/v - 2 + (μ - μ')² (1/v + 1/v') ]
+    All four [r] -> a scalar. Per feature, with means μ and μ' and variances v and v',
+        KL(t‖t') = ½ [ log(v'/v) + (v + (μ - μ')²) / v' - 1 ]
+    and in the sum of both ways the logarithms cancel.
     """
     ratio = variance / other_variance + other_variance / variance - 2  # [r]
     shift = (mean - other_mean).square() * (1 / variance + 1 / other_variance)  # [r]
@@ -56,7 +57,8 @@ def kl_all_pairs(mean, variance):
 
     mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
         Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
-    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled inside.
+    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled inside. First the
+    mean over the tasks is taken from μ: only differences count, and large numbers would lose their digits.
     """
     count = len(mean)
     mean = mean - mean.mean(0)  # differences are all that counts; small numbers lose fewer digits

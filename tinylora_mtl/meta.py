@@ -9,7 +9,7 @@ set S_i and a query set Q_i are drawn, disjoint, from its few training samples, 
 θ is the shared LoRA {A, B}. With k = 0 this is ordinary multi-task training.
 
 Sources: MeTA-LoRA, arXiv 2510.11598; the first-order form is MAML's, arXiv 1703.03400, section 5.2. The sizes (k, α, β,
-n, |S|, |Q|) are not known from the sources: the defaults in `train.py` are this project's choice.
+n, |S|, |Q|) are not known from the sources: the defaults in `settings.py` are this project's choice.
 """
 
 from contextlib import contextmanager
@@ -29,10 +29,13 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         inner_lr: α, the step size of the plain gradient descent of stage 1.
         inner_steps: k, how many of those steps; 0 gives the plain multi-task gradient over the query sets.
         losses: a list, if given, to which each task's (support loss before, support loss after, query loss) is added
-            as tensors; the middle one costs a forward pass, so it is for steps that are logged.
+            as detached tensors (the first two are the same if k = 0); the middle one costs a forward pass, so it is for
+            steps that are logged.
+
+    `adapted_to` does stage 1, `gradients` and `support_loss` the rest of the work.
 
     Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a batch
-    without labels; the adapter is θ then too. Every parameter is as it was, no `.grad` is touched, and
+    without labels, and the adapter is θ again then too. Every parameter is as it was, no `.grad` is touched, and
     stage 1 draws its random numbers (dropout) aside, so the random state is as if there had been only stage 2. Tasks
     come one after another and no step is differentiated through, so memory does not grow with n or k.
     Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.

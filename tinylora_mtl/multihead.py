@@ -80,7 +80,7 @@ class MultiHeadLoRALinear(nn.Module):
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""
         if self.router is not None:
-            raise ValueError("a routed adapter has no single ΔW: its heads are weighed anew for every token")
+            raise ValueError("a routed adapter has no single ΔW: its heads are weighted anew for every token")
         return self.scaling * self.heads.sum(0) @ self.lora_A.weight
 
 
