@@ -53,7 +53,7 @@ def test_batches_end_together_on_the_right():
 
 
 def test_batches_are_balanced_and_small_tasks_come_round_more_often():
-    batches = BalancedBatches([task("a", 3), task("b", 8, "r"), task("c", 5, "s")], Letters(), 32, 0, "cpu")
+    batches = BalancedBatches([task("a", 3), task("b", 8, "r"), task("c", 5, "s")], Letters(), 32, 0)
     seen = [Counter() for _ in range(3)]
     for _ in range(24):
         batch = batches.balanced(batch_size=10)  # 3 of each task; the tenth place stays empty
@@ -71,7 +71,7 @@ def test_samples_of_like_length_meet_and_what_is_drawn_stays_the_same(monkeypatc
     padding, drawn = [], []
     for window in (1, batching.WINDOW):
         monkeypatch.setattr(batching, "WINDOW", window)
-        batches = BalancedBatches(tasks, Letters(), 64, 0, "cpu")
+        batches = BalancedBatches(tasks, Letters(), 64, 0)
         dealt = [batches.balanced(10) for _ in range(8)]  # 8 batches of 5 + 5 are one pass
         padding.append(sum(int((batch["attention_mask"] == 0).sum()) for batch in dealt))
         drawn.append(Counter(tuple(i for i in ids if i) for batch in dealt for ids in batch["input_ids"].tolist()))
@@ -87,7 +87,7 @@ def test_a_small_task_fills_its_batches_with_different_samples():
     for sizes in ((6, 40), (37, 100), (9, 9)):
         tasks = [Task(name, [(letter * i, "x") for i in range(1, size + 1)], [], [])
                  for name, letter, size in zip("ab", "ab", sizes)]
-        batches, counts = BalancedBatches(tasks, Letters(), 200, 0, "cpu"), Counter()
+        batches, counts = BalancedBatches(tasks, Letters(), 200, 0), Counter()
         for _ in range(200):
             rows = [tuple(i for i in row if i) for row in batches.balanced(8)["input_ids"].tolist()]
             assert len(set(rows)) == 8
@@ -111,7 +111,7 @@ def test_pieces_hold_the_same_tokens_with_less_padding():
 
 
 def test_support_and_query_are_disjoint_and_drawn_anew():
-    batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0, "cpu")
+    batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0)
     supports = []
     for _ in range(30):
         episodes = batches.episodes(tasks=2, support=5, query=7)

@@ -1,7 +1,9 @@
 """From (prompt, target) samples to batches, and from a batch to its loss.
 
 A batch is a dict of tensors: `input_ids`, `attention_mask` (1 for a real token), `labels` (-100 where there is no
-target), all [batch, length] and padded on the left, and `task_ids` [batch].
+target), all [batch, length] and padded on the left, and `task_ids` [batch]. It stays on the CPU, where it can be counted,
+split and trimmed at once: to look at a number on a GPU is to wait until all that was asked of it is done. Only what the
+model computes with is sent to the model's device, by `send`.
 """
 
 import copy
@@ -55,17 +57,24 @@ def encode(tokenizer, sample, max_length=512):
     return question + answer, [NO_LABEL] * len(question) + answer
 
 
-def collate(rows, task_ids, pad_id, device="cpu"):
+def collate(rows, task_ids, pad_id):
     """A batch of `encode`d rows, padded on the left so that every answer ends at the last column."""
     length = max(len(ids) for ids, _ in rows)
 
     def padded(lists, filler):
-        return torch.tensor([[filler] * (length - len(values)) + values for values in lists], device=device)
+        return torch.tensor([[filler] * (length - len(values)) + values for values in lists])
 
     return {"input_ids": padded([ids for ids, _ in rows], pad_id),
             "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
             "labels": padded([labels for _, labels in rows], NO_LABEL),
-            "task_ids": torch.tensor(task_ids, device=device)}
+            "task_ids": torch.tensor(task_ids)}
+
+
+def send(tensor, device):
+    """A CPU tensor on the model's device. A GPU fetches it by itself, from pinned memory, and nobody waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class BalancedBatches:
@@ -80,10 +89,10 @@ class BalancedBatches:
     changes which samples meet in a batch, not which are drawn.
     """
 
-    def __init__(self, tasks, tokenizer, max_length, seed, device):
+    def __init__(self, tasks, tokenizer, max_length, seed):
         self.rows = [[encode(tokenizer, sample, max_length) for sample in task.train] for task in tasks]
         self.pad_id = tokenizer.pad_token_id
-        self.rng, self.device = random.Random(seed), device
+        self.rng = random.Random(seed)
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
         self.dealt = []  # batches to come: for each, a list of indices for every task
 
@@ -120,14 +129,14 @@ class BalancedBatches:
             self.deal(batch_size // len(self.rows))
         drawn = [(task_id, index) for task_id, indices in enumerate(self.dealt.pop()) for index in indices]
         rows = [self.rows[task_id][index] for task_id, index in drawn]
-        return collate(rows, [task_id for task_id, _ in drawn], self.pad_id, self.device)
+        return collate(rows, [task_id for task_id, _ in drawn], self.pad_id)
 
     def episodes(self, tasks, support, query):
         """MeTA-LoRA's round: for each of `tasks` sampled tasks a support and a query batch without a common sample."""
         result = []
         for task_id in self.rng.sample(range(len(self.rows)), tasks):
             rows = self.rng.sample(self.rows[task_id], support + query)
-            result.append(tuple(collate(part, [task_id] * len(part), self.pad_id, self.device)
+            result.append(tuple(collate(part, [task_id] * len(part), self.pad_id)
                                 for part in (rows[:support], rows[support:])))
         return result
 
@@ -135,15 +144,17 @@ class BalancedBatches:
 def label_logits(model, batch):
     """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first that has a label on.
 
-    Logits are computed for those columns only: the prompts' ones, most of them, would be thrown away. Raises
+    Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would be thrown away. Raises
     ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
     """
     labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()
     if len(labelled) == 0:
         raise ValueError("no label is left in the batch: every target was cut away or masked")
     k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
-    logits = forward(model, batch["input_ids"], batch["attention_mask"], k + 1, use_cache=False).logits
-    return logits[:, -k - 1:-1], batch["labels"][:, -k:]  # the logits at a position predict the next token
+    device = next(model.parameters()).device
+    ids, mask, labels = (send(batch[key], device) for key in ("input_ids", "attention_mask", "labels"))
+    logits = forward(model, ids, mask, k + 1, use_cache=False).logits
+    return logits[:, -k - 1:-1], labels[:, -k:]  # the logits at a position predict the next token
 
 
 def forward(model, input_ids, attention_mask, keep, **more):

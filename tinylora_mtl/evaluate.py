@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .adapters import load_adapter
-from .batching import collate, encode_prompt, encode_target, forward
+from .batching import collate, encode_prompt, encode_target, forward, send
 from .cli import Parser, run_command
 from .models import load_model, pick_length
 from .settings import TrainConfig, read_config
@@ -116,9 +116,10 @@ def like_lengths(samples, batch_size):
 
 
 def prompt_batch(tokenizer, prompts, max_length, device):
-    """A batch of prompts, without labels."""
+    """A batch of prompts, without labels, on a device."""
     rows = [encode_prompt(tokenizer, prompt, max_length) for prompt in prompts]
-    return collate([(ids, ids) for ids in rows], [0] * len(rows), tokenizer.pad_token_id, device)
+    batch = collate([(ids, ids) for ids in rows], [0] * len(rows), tokenizer.pad_token_id)
+    return {key: send(tensor, device) for key, tensor in batch.items()}
 
 
 def count_cut(tokenizer, tasks, split, max_length):

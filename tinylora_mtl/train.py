@@ -50,7 +50,7 @@ def main(config, resuming=False, stop=None):
     config = replace(config, max_length=pick_length(model, config.max_length))
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
-    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
+    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed)
     say_cut(tokenizer, tasks, config.split, config.max_length)
     with open_run(config, resuming) as folder:
         counts = {task.name: len(getattr(task, config.split)) for task in tasks}
@@ -94,7 +94,8 @@ def train(model, batches, tasks, config, folder, progress, stop):
     """
     parameters = adapter_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0)
+    on_gpu = next(iter(parameters.values())).is_cuda  # there one kernel updates all; a CPU gains nothing to speak of
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=on_gpu or None)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     if "adapter" in progress:
         restore(progress, parameters, optimizer, schedule, batches)
@@ -114,7 +115,9 @@ def train(model, batches, tasks, config, folder, progress, stop):
                 numbers, task_ids = multitask_step(model, batch, config), batch["task_ids"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
             lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
-            finite = torch.isfinite(norm + numbers["loss"])
+            # The one look at a number on the device, which waits for all before it: no step must be taken to NaN. (A
+            # step that is logged looks at its numbers too.)
+            finite = bool(torch.isfinite(norm + numbers["loss"]))
             if finite:
                 optimizer.step()
                 schedule.step()
@@ -204,8 +207,8 @@ def multitask_step(model, batch, config):
                 alignment = alignment_loss(features, piece, config.align)
                 numbers["alignment"] = alignment.detach()
             else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
-                alignment = sum((real_tokens(z, piece) * gradient_pieces[name][i]).sum()
-                                for name, z in features.items())
+                alignment = sum((z * gradient_pieces[name][i]).sum()
+                                for name, z in real_tokens(features, piece).items())
             loss = loss + config.align_weight * alignment
         loss.backward()
     return numbers
@@ -231,7 +234,7 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
     scores = {}
     for task_id, task in enumerate(tasks):
         rows = [batches.rows[task_id][index] for index in batches.draw(task_id, config.support + config.query)]
-        support = collate(rows, [task_id] * len(rows), tokenizer.pad_token_id, batches.device)
+        support = collate(rows, [task_id] * len(rows), tokenizer.pad_token_id)
         with adapted_to(model, support, config.inner_lr, config.inner_steps):
             scores[task.name] = task_accuracy(model, tokenizer, task, config.split, config.max_length, config.score)
     return scores
