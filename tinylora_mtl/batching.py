@@ -162,11 +162,16 @@ def forward(model, input_ids, attention_mask, keep, **more):
 
     attention_mask [batch, length] covers the tokens in a cache too, if there is one: length >= new.
     """
-    takes = inspect.signature(model.forward).parameters
+    takes = inspect.signature(bare(model).forward).parameters
     options = {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1]:],  # padding: none
                "logits_to_keep": keep}
     options = {name: value for name, value in options.items() if name in takes}
     return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
+
+
+def bare(model):
+    """The model itself, out of torch.compile's wrapper if it is in one."""
+    return getattr(model, "_orig_mod", model)
 
 
 def label_loss(model, batch, count=None):

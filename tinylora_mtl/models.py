@@ -9,6 +9,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from .adapters import adapter_parameters
+from .batching import label_loss
+
 MINI = Path(__file__).parent / "assets" / "mini"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +76,31 @@ def load(source, device, dtype, local_files_only):
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do that the model has
     return model, tokenizer, device
+
+
+def checkpoint_layers(model):
+    """Have the layers computed anew in the backward pass in training, with the same dropout; ValueError if it cannot be.
+
+    Not reentrant: that kind gives the features that Align-LoRA needs no gradient, and nothing to `autograd.grad`.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False})
+
+
+def compile_model(model, batch):
+    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line that says why.
+
+    torch compiles when the model is first called, so it is tried here on a batch, forward and backward.
+    """
+    compiled = torch.compile(model, dynamic=True)  # batches differ in length
+    try:
+        with torch.random.fork_rng():
+            torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
+        return compiled
+    except Exception as error:  # of many kinds, by what is missing
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"torch.compile does not work here ({reason:.200}): going on without it")
+        return model
 
 
 def pick_device(device):

@@ -22,7 +22,8 @@ LIMITS = {  # smallest and largest; beyond the largest a slip of the finger woul
     "rank": (1, MOST_RANK), "heads": (1, MOST_HEADS), "batch_size": (1, 2 ** 20), "inner_steps": (0, 10 ** 9),
     "skip_bad_steps": (0, 10 ** 9), "seed": (-2 ** 63, 2 ** 63 - 1)}
 OTHERWISE = (1, 10 ** 9)  # for the other whole numbers
-MAY_DIFFER = ("device", "checkpoint_every", "skip_bad_steps")  # in a resumed run: where and how safely it goes on
+MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")  # in a resumed run:
+# where, how fast and how safely it goes on
 
 
 def option(default, text, **extra):
@@ -66,6 +67,9 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
                                 "precision on a GPU that has it, else float32", choices=["auto", *DTYPES])
+    gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass instead of keeping what "
+                                                 "it computed: less memory, a third more time, the same result")
+    compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=["test", "validation"])
     score: str = option("generate", "write the answer, or choose the likeliest of a task's labels", choices=SCORES)
@@ -114,6 +118,9 @@ def check(config):
             raise ValueError(f"{flag} must be at least 0, got {value}")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup must be from 0 to 1, got {config.warmup}")
+    if config.compile and config.method == "align":
+        raise ValueError("--compile does not go with --method align: compiled code may pass over the hooks that collect "
+                         "the features")
     if config.out == "":
         raise ValueError("--out is empty; leave it out, or name a folder")
 

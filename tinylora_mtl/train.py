@@ -25,7 +25,7 @@ from .cli import Parser, Stopped, StopSignals, run_command
 from .evaluate import accuracies, average, average_interval, say_cut, table, task_accuracy
 from .files import read_json, write_json
 from .meta import adapted_to, meta_gradients
-from .models import load_model, pick_length
+from .models import checkpoint_layers, compile_model, load_model, pick_length
 from .run_folder import open_run
 from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, flag_of, resume_config
 from .tasks import load_tasks
@@ -50,6 +50,8 @@ def main(config, resuming=False, stop=None):
     config = replace(config, max_length=pick_length(model, config.max_length))
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
     batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed)
     say_cut(tokenizer, tasks, config.split, config.max_length)
     with open_run(config, resuming) as folder:
@@ -100,6 +102,11 @@ def train(model, batches, tasks, config, folder, progress, stop):
     if "adapter" in progress:
         restore(progress, parameters, optimizer, schedule, batches)
     model.train()
+    if config.compile:
+        one_each = collate([rows[0] for rows in batches.rows], list(range(len(tasks))), batches.pad_id)
+        called = compile_model(model, one_each)
+    else:
+        called = model
     stop.wait = True
     bar = tqdm(range(progress["step"] + 1, config.steps + 1), desc=config.method, ncols=80,
                initial=progress["step"], total=config.steps)
@@ -109,10 +116,10 @@ def train(model, batches, tasks, config, folder, progress, stop):
             # ---------------------------------------------------------------- a single training step
             optimizer.zero_grad()
             if config.method == "meta":
-                numbers, task_ids = meta_step(model, batches, config, log)
+                numbers, task_ids = meta_step(called, batches, config, log)
             else:
                 batch = batches.balanced(config.batch_size)
-                numbers, task_ids = multitask_step(model, batch, config), batch["task_ids"]
+                numbers, task_ids = multitask_step(called, batch, config), batch["task_ids"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
             lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
             # The one look at a number on the device, which waits for all before it: no step must be taken to NaN. (A
