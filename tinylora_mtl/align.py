@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .batching import label_logits, send
+from .batching import label_logits, random_aside, send
+from .distributed import gather_features, same_random_numbers
 
 MMD_BANDWIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
 MMD_TOKENS = 64  # tokens per task that the kernels see: their cost grows with the square of this
@@ -148,8 +149,13 @@ def alignment_loss(features, batch, kind="kl"):
 
 
 def alignment_of(features, owner, kind):
-    """The mean over the layers for features without padding, {layer: z [n, r]}; token i is of task owner[i]."""
-    return torch.stack([ALIGNMENTS[kind](groups) for groups in group_by_task(features, owner).values()]).mean()
+    """The mean over the layers for features without padding, {layer: z [n, r]}; token i is of task owner[i].
+
+    With several processes, of the features of all: the same number in each, with the gradient of its own features.
+    """
+    features, owner = gather_features(features, owner)
+    with same_random_numbers(next(iter(features.values())).device):  # for the tokens that `mmd_alignment` takes
+        return torch.stack([ALIGNMENTS[kind](groups) for groups in group_by_task(features, owner).values()]).mean()
 
 
 def group_by_task(features, owner):
@@ -167,7 +173,7 @@ def alignment_gradients(model, pieces, kind="kl"):
     pieces: what `split_batch` made -> (loss, {layer name: [dL/dZ of piece 0, ...]}), at `real_tokens`: [n_piece, r].
     """
     collected = []
-    with torch.random.fork_rng():
+    with random_aside(model):
         for piece in pieces:
             with torch.no_grad(), collect_features(model) as features:
                 label_logits(model, piece)

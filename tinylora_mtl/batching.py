@@ -170,8 +170,15 @@ def forward(model, input_ids, attention_mask, keep, **more):
 
 
 def bare(model):
-    """The model itself, out of torch.compile's wrapper if it is in one."""
+    """The model itself, out of the wrappers of DistributedDataParallel and torch.compile, if it is in them."""
+    model = getattr(model, "module", model)
     return getattr(model, "_orig_mod", model)
+
+
+def random_aside(model):
+    """Within the block random numbers are drawn aside: those after it are as if there had been none."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def label_loss(model, batch, count=None):

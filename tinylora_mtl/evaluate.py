@@ -19,6 +19,7 @@ import torch
 from .adapters import load_adapter
 from .batching import collate, encode_prompt, encode_target, forward, send
 from .cli import Parser, run_command
+from .distributed import merge, rank, world
 from .models import load_model, pick_length
 from .settings import TrainConfig, read_config
 from .tasks import SCORES, check_labels, load_tasks, require_samples, with_shots
@@ -180,8 +181,10 @@ def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="g
 
 
 def accuracies(model, tokenizer, tasks, split="test", max_length=512, score="generate"):
-    """{task name: accuracy, 0 to 1} on a split of each task."""
-    return {task.name: task_accuracy(model, tokenizer, task, split, max_length, score) for task in tasks}
+    """{task name: accuracy, 0 to 1} on a split of each task. Several processes share the tasks."""
+    scores = merge({task.name: task_accuracy(model, tokenizer, task, split, max_length, score)
+                    for task in tasks[rank()::world()]})
+    return {task.name: scores[task.name] for task in tasks}
 
 
 def average(values):

@@ -1,5 +1,6 @@
 """The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
 
+import os
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .adapters import adapter_parameters
-from .batching import label_loss
+from .batching import label_loss, random_aside
 
 MINI = Path(__file__).parent / "assets" / "mini"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +95,7 @@ def compile_model(model, batch):
     """
     compiled = torch.compile(model, dynamic=True)  # batches differ in length
     try:
-        with torch.random.fork_rng():
+        with random_aside(model):
             torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
         return compiled
     except Exception as error:  # of many kinds, by what is missing
@@ -104,10 +105,15 @@ def compile_model(model, batch):
 
 
 def pick_device(device):
-    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had."""
+    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had.
+
+    Of several GPUs, each of the processes that torchrun started takes its own.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on "cuda" is this one
         torch.zeros((), device=device).item()  # `meta` has tensors, but no numbers in them
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device

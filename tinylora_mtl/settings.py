@@ -10,6 +10,7 @@ from pathlib import Path
 from .adapters import METHODS as LAYER_METHODS
 from .adapters import AdapterConfig
 from .align import ALIGNMENTS
+from .distributed import world
 from .files import MOST_HEADS, MOST_RANK, read_json
 from .models import DTYPES
 from .tasks import SCORES, check_labels, is_path, require_samples
@@ -140,7 +141,8 @@ def flag_of(name):
 
 
 def check_sizes(config, tasks):
-    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from."""
+    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from, or if
+    several processes cannot share the work equally."""
     require_samples(tasks, "train", config.split)
     check_labels(tasks, config.score)
     if config.method == "meta":
@@ -148,7 +150,16 @@ def check_sizes(config, tasks):
             if len(task.train) < config.support + config.query:
                 raise ValueError(f"task {task.name!r} has {len(task.train)} training samples, fewer than --support "
                                  f"{config.support} plus --query {config.query}")
-    elif config.batch_size // len(tasks) * len(tasks) < max(len(tasks), config.accumulation):
+        tasks_per_round = min(config.tasks_per_round, len(tasks))
+        if tasks_per_round % world():
+            raise ValueError(f"{world()} processes cannot share the {tasks_per_round} tasks of a round equally; "
+                             "--tasks-per-round says how many there are")
+        return
+    each = config.batch_size // len(tasks)
+    if each % world():
+        raise ValueError(f"--batch-size {config.batch_size} has {each} samples of each of {len(tasks)} tasks, which "
+                         f"{world()} processes cannot share equally")
+    if each * len(tasks) // world() < config.accumulation:
         raise ValueError(f"--batch-size {config.batch_size} cannot hold {len(tasks)} tasks in {config.accumulation} "
                          "piece(s); each task needs the same number of places, and each piece a sample")
     if config.method == "align" and len(tasks) < 2:
