@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, flags_of, make_batch, make_llama, randomize_adapters, run
+from conftest import TINY, flags_of, make_batch, make_llama, randomize_adapters, run, tree
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylora_mtl import adapter_parameters, add_adapters, train
+from tinylora_mtl import adapter_parameters, add_adapters, checkpoint, run_folder, train
 from tinylora_mtl.checkpoint import list_checkpoints, load_checkpoint
-from tinylora_mtl.distributed import data_parallel, process_group, rank
+from tinylora_mtl.distributed import data_parallel, process_group, rank, world
 from tinylora_mtl.settings import TrainConfig, adapter_config, check_sizes
 from tinylora_mtl.tasks import Task
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-STEPS = {"lora": {"method": "lora"}, "hydralora": {"method": "hydralora"}, "pieces": {"method": "rlora", "accumulation": 3},
+STEPS = {"lora": {"method": "lora"}, "hydralora": {"method": "hydralora"},
+         "pieces": {"method": "rlora", "accumulation": 3},
          "kl": {"method": "align"}, "kl in pieces": {"method": "align", "accumulation": 2},
          "mmd": {"method": "align", "align": "mmd"}, "meta": {"method": "meta", "inner_lr": 0.1},
          "checkpointing": {"method": "align", "accumulation": 2, "gradient_checkpointing": True}}
@@ -47,7 +49,11 @@ def one_step(**changes):
     if config.method == "meta":
         numbers, _ = train.meta_step(model, Episodes(), config, log=True)
     else:  # lengths differ, and the labels of the two shares do
-        numbers = train.multitask_step(data_parallel(model), make_batch(each=4), config)
+        called, exchanges = data_parallel(model), []
+        if world() > 1:
+            called.register_comm_hook(None, lambda _, bucket: exchanges.append(1) or allreduce_hook(None, bucket))
+        numbers = train.multitask_step(called, make_batch(each=4), config)
+        assert len(exchanges) == world() - 1  # one for all pieces together
     return numbers, {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
 
 
@@ -115,9 +121,9 @@ def assert_same_run(one, other):
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
-    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)]
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
     assert len(logs[0]) == len(logs[1])
-    for ours, theirs in zip(*logs):
+    for ours, theirs in zip(*(map(json.loads, log) for log in logs)):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -162,6 +168,15 @@ def test_a_signal_ends_all_with_a_checkpoint_and_the_run_goes_on(tmp_path):
     assert result.returncode == 0 and result.stdout.count(f"resumed after step {last}") == 1, result.stderr
     assert steps_logged(tmp_path / "run") == list(range(1, 61))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_only_the_first_process_writes(tmp_path, few, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for module in (train, checkpoint, run_folder):
+        monkeypatch.setattr(module, "rank", lambda: 1)
+    run(None, out=None, method="lora", steps=2, checkpoint_every=1)
+    assert tree(tmp_path) == {}
+    assert capsys.readouterr().err == ""  # no bar either
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

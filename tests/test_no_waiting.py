@@ -28,7 +28,7 @@ def without_numbers(config):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method,align", [(method, "kl") for method in METHODS if method != "meta"] + [("align", "mmd")])
+@pytest.mark.parametrize("method,align", [(name, "kl") for name in METHODS if name != "meta"] + [("align", "mmd")])
 def test_a_step_looks_at_no_number_on_the_device(method, align, accumulation):
     config = TrainConfig(method=method, dropout=0.1, accumulation=accumulation, align=align, align_weight=0.5)
     model = without_numbers(config)

@@ -1,9 +1,9 @@
 """From (prompt, target) samples to batches, and from a batch to its loss.
 
 A batch is a dict of tensors: `input_ids`, `attention_mask` (1 for a real token), `labels` (-100 where there is no
-target), all [batch, length] and padded on the left, and `task_ids` [batch]. It stays on the CPU, where it can be counted,
-split and trimmed at once: to look at a number on a GPU is to wait until all that was asked of it is done. Only what the
-model computes with is sent to the model's device, by `send`.
+target), all [batch, length] and padded on the left, and `task_ids` [batch]. It stays on the CPU, where it can be
+counted, split and trimmed at once: to look at a number on a GPU is to wait until all that was asked of it is done. Only
+what the model computes with is sent to the model's device, by `send`.
 """
 
 import copy
@@ -144,8 +144,8 @@ class BalancedBatches:
 def label_logits(model, batch):
     """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first that has a label on.
 
-    Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would be thrown away. Raises
-    ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
+    Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would
+    be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
     """
     labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()
     if len(labelled) == 0:

@@ -80,9 +80,10 @@ def load(source, device, dtype, local_files_only):
 
 
 def checkpoint_layers(model):
-    """Have the layers computed anew in the backward pass in training, with the same dropout; ValueError if it cannot be.
+    """Have the layers computed anew in the backward pass, with the same dropout, while the model is in training mode.
 
-    Not reentrant: that kind gives the features that Align-LoRA needs no gradient, and nothing to `autograd.grad`.
+    Not reentrant: with that kind the features would have no gradient (Align-LoRA), and `autograd.grad` (MeTA-LoRA)
+    would not work. Raises ValueError for a model that cannot do it.
     """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
     enable({"use_reentrant": False})

@@ -68,13 +68,14 @@ class MultiHeadLoRALinear(nn.Module):
         """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
         y = self.base(x)  # [..., d_out]
         count = len(self.heads)  # N
-        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # float32 [..., N]
-        with branch_precision(x) as x:
+        with branch_precision(x) as fast_x:
             if self.training and self.dropout.p > 0:
-                z = torch.stack([self.lora_A(self.dropout(x)) for _ in range(count)], dim=-2)  # [..., N, r]
+                z = torch.stack([self.lora_A(self.dropout(fast_x)) for _ in range(count)], dim=-2)  # [..., N, r]
             else:
-                z = self.lora_A(x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
-            z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
+                z = self.lora_A(fast_x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
+        z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
+        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # float32 [..., N]
+        with branch_precision(x):
             return y + (self.scaling * combine_heads(z, weights, self.heads)).to(y.dtype)
 
     def delta(self):

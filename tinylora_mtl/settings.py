@@ -120,8 +120,8 @@ def check(config):
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup must be from 0 to 1, got {config.warmup}")
     if config.compile and config.method == "align":
-        raise ValueError("--compile does not go with --method align: compiled code may pass over the hooks that collect "
-                         "the features")
+        raise ValueError("--compile does not go with --method align: compiled code may pass over the hooks that "
+                         "collect the features")
     if config.out == "":
         raise ValueError("--out is empty; leave it out, or name a folder")
 
