@@ -142,10 +142,12 @@ def test_groups_follow_task_ids_and_leave_padding_out(batch):
     z = torch.randn(6, 9, 3, requires_grad=True)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = {key: tensor[order] for key, tensor in batch.items()}
-    ours, theirs = (group_by_task(real_tokens(*pair), owners(pair[1])) for pair in [(z, batch), (z[order], shuffled)])
+    def groups_in(z, batch):
+        return group_by_task(real_tokens({"layer": z}, batch), owners(batch))["layer"]
+    ours, theirs = groups_in(z, batch), groups_in(z[order], shuffled)
     for ours, theirs in zip(ours, theirs):
         assert sorted(ours.tolist()) == sorted(theirs.tolist())
-    assert [len(group) for group in group_by_task(real_tokens(z, batch), owners(batch))] == [9 + 8, 7 + 6, 9 + 8]
+    assert [len(group) for group in groups_in(z, batch)] == [9 + 8, 7 + 6, 9 + 8]
     padded = {"attention_mask": torch.cat([torch.zeros(6, 20, dtype=int), batch["attention_mask"]], 1),
               "task_ids": batch["task_ids"]}
     with_padding = torch.cat([torch.full((6, 20, 3), 1e6), z], 1)

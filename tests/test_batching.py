@@ -52,7 +52,7 @@ def test_batches_end_together_on_the_right():
 
 
 def test_batches_are_balanced_and_small_tasks_come_round_more_often():
-    batches = BalancedBatches([task("a", 3), task("b", 8, "r"), task("c", 5, "s")], Letters(), 32, 0, "cpu")
+    batches = BalancedBatches([task("a", 3), task("b", 8, "r"), task("c", 5, "s")], Letters(), 32, 0)
     seen = [Counter() for _ in range(3)]
     for _ in range(24):
         batch = batches.balanced(batch_size=10)  # 3 of each task; the tenth place stays empty
@@ -67,7 +67,7 @@ def test_batches_are_balanced_and_small_tasks_come_round_more_often():
 def test_long_and_short_samples_meet_in_every_batch():
     """Two tasks with prompts of 1 to 40 letters: no batch is one of short samples only, or of long ones."""
     tasks = [Task(name, [(letter * i, "x") for i in range(1, 41)], [], []) for name, letter in (("a", "a"), ("b", "b"))]
-    batches = BalancedBatches(tasks, Letters(), 64, 0, "cpu")
+    batches = BalancedBatches(tasks, Letters(), 64, 0)
     for _ in range(80):
         lengths = batches.balanced(20)["attention_mask"].sum(1).tolist()
         assert min(lengths) <= 15 and max(lengths) >= 30
@@ -78,7 +78,7 @@ def test_a_small_task_fills_its_batches_with_different_samples():
     for sizes in ((6, 40), (37, 100), (9, 9)):
         tasks = [Task(name, [(letter * i, "x") for i in range(1, size + 1)], [], [])
                  for name, letter, size in zip("ab", "ab", sizes)]
-        batches, counts = BalancedBatches(tasks, Letters(), 200, 0, "cpu"), Counter()
+        batches, counts = BalancedBatches(tasks, Letters(), 200, 0), Counter()
         for _ in range(200):
             rows = [tuple(i for i in row if i) for row in batches.balanced(8)["input_ids"].tolist()]
             assert len(set(rows)) == 8
@@ -102,7 +102,7 @@ def test_pieces_hold_the_same_tokens_with_less_padding():
 
 
 def test_support_and_query_are_disjoint_and_drawn_anew():
-    batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0, "cpu")
+    batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0)
     supports = []
     for _ in range(30):
         episodes = batches.episodes(tasks=2, support=5, query=7)

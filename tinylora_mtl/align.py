@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .batching import label_logits
+from .batching import label_logits, random_aside, send
+from .distributed import gather_features, same_random_numbers
 
 MMD_BANDWIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
 MMD_TOKENS = 64  # tokens per task that the kernels see: their cost grows with the square of this
@@ -127,14 +128,24 @@ def collect_features(model, part="lora_A"):
             handle.remove()
 
 
-def real_tokens(values, batch):
-    """values [batch, length, ...] at the real tokens, by `attention_mask` [batch, length] -> [n, ...]."""
-    return values[batch["attention_mask"].bool()]
+def real_tokens(features, batch):
+    """{layer: z [batch, length, r]} at the real tokens, by `attention_mask` [batch, length] -> {layer: z [n, r]}.
+
+    The tokens are found on the CPU, where the batch is; a mask on the device would make it tell their number first.
+    """
+    real = batch["attention_mask"].flatten().nonzero()[:, 0]
+    return pick(real, {name: z.flatten(0, 1) for name, z in features.items()})
 
 
 def owners(batch):
-    """The task id of every real token of a batch, [n], in the order of `real_tokens`."""
-    return real_tokens(batch["task_ids"][:, None].expand_as(batch["attention_mask"]), batch)
+    """The task id of every real token of a batch, [n] on the CPU, in the order of `real_tokens`."""
+    return batch["task_ids"][:, None].expand_as(batch["attention_mask"])[batch["attention_mask"].bool()]
+
+
+def pick(indices, features):
+    """The rows `indices` [m], given on the CPU, of {layer: z [n, r]} -> {layer: z [m, r]}."""
+    sent = send(indices, next(iter(features.values())).device)
+    return {name: z.index_select(0, sent) for name, z in features.items()}
 
 
 def alignment_loss(features, batch, kind="kl"):
@@ -148,17 +159,24 @@ def alignment_loss(features, batch, kind="kl"):
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise NoGradientError("the features have no gradient, so the alignment term would do nothing; "
                               "use gradient checkpointing with use_reentrant=False")
-    return alignment_of({name: real_tokens(z, batch) for name, z in features.items()}, owners(batch), kind)
+    return alignment_of(real_tokens(features, batch), owners(batch), kind)
 
 
 def alignment_of(features, owner, kind):
-    """The mean over the layers for features without padding, {layer: z [n, r]}; token i is of task owner[i]."""
-    return torch.stack([ALIGNMENTS[kind](group_by_task(z, owner)) for z in features.values()]).mean()
+    """The mean over the layers for features without padding, {layer: z [n, r]}; token i is of task owner[i].
+
+    With several processes, of the features of all: the same number in each, with the gradient of its own features.
+    """
+    features, owner = gather_features(features, owner)
+    with same_random_numbers(next(iter(features.values())).device):  # for the tokens that `mmd_alignment` takes
+        return torch.stack([ALIGNMENTS[kind](groups) for groups in group_by_task(features, owner).values()]).mean()
 
 
-def group_by_task(z, owner):
-    """z [n, r] as a [n_t, r] tensor for every task that is in owner [n]."""
-    return [z[owner == task] for task in owner.unique()]
+def group_by_task(features, owner):
+    """{layer: z [n, r]} as {layer: a [n_t, r] tensor for every task that is in owner [n]}; owner is on the CPU."""
+    sizes = owner.unique(return_counts=True)[1].tolist()
+    sorted_by_task = pick(owner.argsort(stable=True), features)
+    return {name: z.split(sizes) for name, z in sorted_by_task.items()}
 
 
 def alignment_gradients(model, pieces, kind="kl"):
@@ -169,13 +187,13 @@ def alignment_gradients(model, pieces, kind="kl"):
     pieces: what `split_batch` made -> (loss, {layer name: [dL/dZ of piece 0, ...]}), at `real_tokens`: [n_piece, r].
     """
     collected = []
-    with torch.random.fork_rng():
+    with random_aside(model):
         for piece in pieces:
             with torch.no_grad(), collect_features(model) as features:
                 label_logits(model, piece)
-            collected.append({name: real_tokens(z, piece) for name, z in features.items()})
+            collected.append(real_tokens(features, piece))
         whole = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
         loss = alignment_of(whole, torch.cat([owners(piece) for piece in pieces]), kind)
         gradients = torch.autograd.grad(loss, list(whole.values()))
-    sizes = [int(piece["attention_mask"].sum()) for piece in pieces]
+    sizes = [len(owners(piece)) for piece in pieces]
     return loss.detach(), {name: gradient.split(sizes) for name, gradient in zip(whole, gradients)}

@@ -1,7 +1,9 @@
 """From (prompt, target) samples to batches, and from a batch to its loss.
 
 A batch is a dict of tensors: `input_ids`, `attention_mask` (1 for a real token), `labels` (-100 where there is no
-target), all [batch, length] and padded on the left, and `task_ids` [batch].
+target), all [batch, length] and padded on the left, and `task_ids` [batch]. It stays on the CPU, where it can be
+counted, split and trimmed at once: to look at a number on a GPU is to wait until all that was asked of it is done. Only
+what the model computes with is sent to the model's device, by `send`.
 """
 
 import copy
@@ -54,17 +56,24 @@ def encode(tokenizer, sample, max_length=512):
     return question + answer, [NO_LABEL] * len(question) + answer
 
 
-def collate(rows, task_ids, pad_id, device="cpu"):
+def collate(rows, task_ids, pad_id):
     """A batch of `encode`d rows, padded on the left so that every answer ends at the last column."""
     length = max(len(ids) for ids, _ in rows)
 
     def padded(lists, filler):
-        return torch.tensor([[filler] * (length - len(values)) + values for values in lists], device=device)
+        return torch.tensor([[filler] * (length - len(values)) + values for values in lists])
 
     return {"input_ids": padded([ids for ids, _ in rows], pad_id),
             "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
             "labels": padded([labels for _, labels in rows], NO_LABEL),
-            "task_ids": torch.tensor(task_ids, device=device)}
+            "task_ids": torch.tensor(task_ids)}
+
+
+def send(tensor, device):
+    """A CPU tensor on the model's device. A GPU fetches it by itself, from pinned memory, and nobody waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class BalancedBatches:
@@ -79,10 +88,10 @@ class BalancedBatches:
     95 % interval 0.4 to 2.7).
     """
 
-    def __init__(self, tasks, tokenizer, max_length, seed, device):
+    def __init__(self, tasks, tokenizer, max_length, seed):
         self.rows = [[encode(tokenizer, sample, max_length) for sample in task.train] for task in tasks]
         self.pad_id = tokenizer.pad_token_id
-        self.rng, self.device = random.Random(seed), device
+        self.rng = random.Random(seed)
         self.waiting = [[] for _ in tasks]  # per task: the indices that this pass has not used yet
 
     def state(self):
@@ -109,14 +118,14 @@ class BalancedBatches:
         each = batch_size // len(self.rows)
         drawn = [(task_id, index) for task_id in range(len(self.rows)) for index in self.draw(task_id, each)]
         rows = [self.rows[task_id][index] for task_id, index in drawn]
-        return collate(rows, [task_id for task_id, _ in drawn], self.pad_id, self.device)
+        return collate(rows, [task_id for task_id, _ in drawn], self.pad_id)
 
     def episodes(self, tasks, support, query):
         """MeTA-LoRA's round: for each of `tasks` sampled tasks a support and a query batch without a common sample."""
         result = []
         for task_id in self.rng.sample(range(len(self.rows)), tasks):
             rows = self.rng.sample(self.rows[task_id], support + query)
-            result.append(tuple(collate(part, [task_id] * len(part), self.pad_id, self.device)
+            result.append(tuple(collate(part, [task_id] * len(part), self.pad_id)
                                 for part in (rows[:support], rows[support:])))
         return result
 
@@ -124,15 +133,17 @@ class BalancedBatches:
 def label_logits(model, batch):
     """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first that has a label on.
 
-    Logits are computed for those columns only: the prompts' ones, most of them, would be thrown away. Raises
-    ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
+    Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would
+    be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
     """
     labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()
     if len(labelled) == 0:
         raise ValueError("no label is left in the batch: every target was cut away or masked")
     k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
-    logits = forward(model, batch["input_ids"], batch["attention_mask"], k + 1, use_cache=False).logits
-    return logits[:, -k - 1:-1], batch["labels"][:, -k:]  # the logits at a position predict the next token
+    device = next(model.parameters()).device
+    ids, mask, labels = (send(batch[key], device) for key in ("input_ids", "attention_mask", "labels"))
+    logits = forward(model, ids, mask, k + 1, use_cache=False).logits
+    return logits[:, -k - 1:-1], labels[:, -k:]  # the logits at a position predict the next token
 
 
 def forward(model, input_ids, attention_mask, keep, **more):
@@ -140,11 +151,23 @@ def forward(model, input_ids, attention_mask, keep, **more):
 
     attention_mask [batch, length] covers the tokens in a cache too, if there is one: length >= new.
     """
-    takes = inspect.signature(model.forward).parameters
+    takes = inspect.signature(bare(model).forward).parameters
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
     options = {"position_ids": positions[:, -input_ids.shape[1]:], "logits_to_keep": keep}
     options = {name: value for name, value in options.items() if name in takes}
     return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
+
+
+def bare(model):
+    """The model itself, out of the wrappers of DistributedDataParallel and torch.compile, if it is in them."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
+
+
+def random_aside(model):
+    """Within the block random numbers are drawn aside: those after it are as if there had been none."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def label_loss(model, batch, count=None):

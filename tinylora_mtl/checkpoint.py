@@ -12,6 +12,7 @@ import pickle
 
 import torch
 
+from .distributed import gather, rank
 from .files import write_file
 
 KEYS = ("step", "skipped_steps", "before", "seconds", "metrics_bytes",  # what train.py puts in, and `capture`:
@@ -24,7 +25,9 @@ def list_checkpoints(folder):
 
 
 def save_checkpoint(folder, state):
-    """Write a checkpoint of `state["step"]`; keep the one before, and no other."""
+    """Write a checkpoint of `state["step"]`; keep the one before, and no other. The first process does."""
+    if rank() > 0:
+        return
     content = io.BytesIO()
     torch.save(state, content)
     digest = hashlib.sha256(content.getbuffer()).hexdigest().encode()
@@ -57,13 +60,17 @@ def load_checkpoint(folder):
 
 
 def capture(parameters, optimizer, schedule, batches):
-    """What `restore` needs: the tensors that train, the optimiser, the schedule, the data position, random states."""
+    """What `restore` needs: the tensors that train, the optimiser, the schedule, the data position, random states.
+
+    All but the random states is the same in every process; of those the checkpoint has each one's.
+    """
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
+    random, *others = gather(random)
     return {"adapter": {name: parameter.detach() for name, parameter in parameters.items()},
             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "batches": batches.state(),
-            "random": random}
+            "random": random, "random_of_others": others}
 
 
 @torch.no_grad()
@@ -80,16 +87,20 @@ def restore(state, parameters, optimizer, schedule, batches):
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     batches.set_state(state["batches"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if len(state["random"].get("cuda", ())) == torch.cuda.device_count() > 0:  # else it goes on on other hardware
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    random = [state["random"], *state.get("random_of_others", ())]
+    if rank() < len(random):  # else there are more processes now
+        torch.set_rng_state(random[rank()]["cpu"])
+        if len(random[rank()].get("cuda", ())) == torch.cuda.device_count() > 0:  # else it goes on on other hardware
+            torch.cuda.set_rng_state_all(random[rank()]["cuda"])
 
 
 def open_metrics(folder, length):
     """metrics.jsonl, opened to add lines, cut to its first `length` bytes: each step comes once, however it stopped.
 
-    ValueError if it is shorter.
+    The first process's; what another one writes goes nowhere. ValueError if it is shorter.
     """
+    if rank() > 0:
+        return open(os.devnull, "w")
     metrics = open(folder / "metrics.jsonl", "a", newline="\n")
     if metrics.tell() < length:
         metrics.close()
@@ -100,5 +111,7 @@ def open_metrics(folder, length):
 
 def synced_length(metrics):
     """The bytes in an open file so far (flushed after every line), all of them on the disk from now on."""
+    if rank() > 0:
+        return 0
     os.fsync(metrics.fileno())
     return os.fstat(metrics.fileno()).st_size

@@ -63,11 +63,11 @@ def step_costs(configs, threads):
 def prepare(config):
     """A model with adapters, its batches and its optimiser, as `train.main` makes them."""
     tasks = load_tasks(config.tasks, config.samples, config.seed)
-    model, tokenizer, device = load_model(config.model, config.device, config.dtype)
+    model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
     config = replace(config, max_length=pick_length(model, config.max_length))
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
-    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
+    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed)
     return config, model.train(), batches, torch.optim.AdamW(adapter_parameters(model).values(), lr=config.lr)
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from .adapters import load_adapter
-from .batching import collate, encode_prompt, encode_target, forward
+from .batching import collate, encode_prompt, encode_target, forward, send
 from .cli import Parser, run_command
+from .distributed import merge, rank, world
 from .models import load_model, pick_length
 from .settings import TrainConfig, read_config
 from .tasks import SCORES, check_labels, load_tasks, require_samples, with_shots
@@ -116,9 +117,10 @@ def like_lengths(samples, batch_size):
 
 
 def prompt_batch(tokenizer, prompts, max_length, device):
-    """A batch of prompts, without labels."""
+    """A batch of prompts, without labels, on a device."""
     rows = [encode_prompt(tokenizer, prompt, max_length) for prompt in prompts]
-    return collate([(ids, ids) for ids in rows], [0] * len(rows), tokenizer.pad_token_id, device)
+    batch = collate([(ids, ids) for ids in rows], [0] * len(rows), tokenizer.pad_token_id)
+    return {key: send(tensor, device) for key, tensor in batch.items()}
 
 
 def count_cut(tokenizer, tasks, split, max_length):
@@ -179,8 +181,10 @@ def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="g
 
 
 def accuracies(model, tokenizer, tasks, split="test", max_length=512, score="generate"):
-    """{task name: accuracy, 0 to 1} on a split of each task."""
-    return {task.name: task_accuracy(model, tokenizer, task, split, max_length, score) for task in tasks}
+    """{task name: accuracy, 0 to 1} on a split of each task. Several processes share the tasks."""
+    scores = merge({task.name: task_accuracy(model, tokenizer, task, split, max_length, score)
+                    for task in tasks[rank()::world()]})
+    return {task.name: scores[task.name] for task in tasks}
 
 
 def average(values):

@@ -13,7 +13,7 @@ import torch
 
 from .adapters import add_adapters, find_adapters, load_adapter, remove_adapters
 from .align import VARIANCE_FLOOR, collect_features, real_tokens, symmetric_kl
-from .batching import collate, encode, forward
+from .batching import collate, encode, label_logits
 from .cli import Parser, run_command
 from .evaluate import like_lengths
 from .files import write_json
@@ -58,12 +58,12 @@ def collect(model, tokenizer, tasks, max_length=None, part="lora_A", split="vali
         samples, kept = getattr(task, split)[:SAMPLES], {}
         for chosen in like_lengths(samples, 32):
             rows = [encode(tokenizer, samples[i], max_length) for i in chosen]
-            batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id, model.device)
+            batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id)
             with collect_features(model, part) as outputs:
-                forward(model, batch["input_ids"], batch["attention_mask"], 1, use_cache=False)
+                label_logits(model, batch)
             lengths = batch["attention_mask"].sum(1).tolist()
-            for name, z in outputs.items():
-                kept.setdefault(name, []).extend(real_tokens(z, batch).float().cpu().split(lengths))
+            for name, z in real_tokens(outputs, batch).items() if outputs else ():
+                kept.setdefault(name, []).extend(z.float().cpu().split(lengths))
         for name, values in kept.items():
             found.setdefault(name, []).append(values)
     return found

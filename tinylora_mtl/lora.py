@@ -10,6 +10,7 @@ Shapes, here and in every module: x [..., d_in], W [d_out, d_in], A [r, d_in], B
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class LoRALinear(nn.Module):
         rank_stabilized: s = alpha / sqrt(r) instead of alpha / r.
 
     Attributes: `lora_A` (nn.Linear d_in -> r), `lora_B` (nn.Linear r -> d_out), both without bias and in float32
-    whatever the base's type, and `scaling` (s).
+    whatever the base's type (`branch_precision` says what they compute in), and `scaling` (s).
 
     Raises ValueError for a rank below 1 or a base that is not a linear layer. Source: arXiv 2106.09685, equation 3.
     """
@@ -50,12 +51,28 @@ class LoRALinear(nn.Module):
         acts on its input only. `self.lora_A` is called as a layer, so that its output can be collected.
         """
         y = self.base(x)  # [..., d_out]
-        z = self.lora_A(self.dropout(x.float()))  # [..., r]
-        return y + (self.scaling * self.lora_B(z)).to(y.dtype)
+        with branch_precision(x) as x:
+            z = self.lora_A(self.dropout(x))  # [..., r]
+            return y + (self.scaling * self.lora_B(z)).to(y.dtype)
 
     def delta(self):
         """[ex2] ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""
         return self.scaling * self.lora_B.weight @ self.lora_A.weight
+
+
+@contextmanager
+def branch_precision(x):
+    """What the branch computes in: within the block, matrix products of the yielded x [..., d_in] are in that type.
+
+    bfloat16 for a bfloat16 x: a float32 copy of it would cost more time and memory than the branch itself. The weights,
+    their gradients and the optimiser stay float32, where small steps add up. float32 for every other x: in float16 the
+    branch's gradients could be too small to be told from zero, as there is no loss scaling.
+    """
+    if x.dtype == torch.bfloat16:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            yield x
+    else:
+        yield x.float()
 
 
 def lora_scaling(alpha, rank, rank_stabilized):

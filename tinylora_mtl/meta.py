@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from .adapters import adapter_parameters
-from .batching import label_loss
+from .batching import label_loss, random_aside
 
 
 def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
@@ -63,7 +63,7 @@ def adapted_to(model, support, inner_lr, inner_steps):
     shared = [parameter.detach().clone() for parameter in parameters.values()]  # θ
     before = None
     try:
-        with torch.random.fork_rng():
+        with random_aside(model):
             for _ in range(inner_steps):
                 loss = label_loss(model, support)
                 before = loss.detach() if before is None else before
@@ -89,5 +89,5 @@ def gradients(loss, parameters):
 
 def support_loss(model, support):
     """The loss on a batch, for the log: no gradient, and no random number used up."""
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), random_aside(model):
         return label_loss(model, support)

@@ -1,5 +1,6 @@
 """The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
 
+import os
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -8,6 +9,9 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from .adapters import adapter_parameters
+from .batching import label_loss, random_aside
 
 MINI = Path(__file__).parent / "assets" / "mini"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,11 +79,42 @@ def load(source, device, dtype, local_files_only):
     return model, tokenizer, device
 
 
+def checkpoint_layers(model):
+    """Have the layers computed anew in the backward pass, with the same dropout, while the model is in training mode.
+
+    Not reentrant: with that kind the features would have no gradient (Align-LoRA), and `autograd.grad` (MeTA-LoRA)
+    would not work. Raises ValueError for a model that cannot do it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False})
+
+
+def compile_model(model, batch):
+    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line that says why.
+
+    torch compiles when the model is first called, so it is tried here on a batch, forward and backward.
+    """
+    compiled = torch.compile(model, dynamic=True)  # batches differ in length
+    try:
+        with random_aside(model):
+            torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
+        return compiled
+    except Exception as error:  # of many kinds, by what is missing
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"torch.compile does not work here ({reason:.200}): going on without it")
+        return model
+
+
 def pick_device(device):
-    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had."""
+    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had.
+
+    Of several GPUs, each of the processes that torchrun started takes its own.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on "cuda" is this one
         torch.zeros((), device=device).item()  # `meta` has tensors, but no numbers in them
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device

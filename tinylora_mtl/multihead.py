@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .lora import linear_shape, lora_scaling
+from .lora import branch_precision, linear_shape, lora_scaling
 
 
 class MultiHeadLoRALinear(nn.Module):
@@ -67,15 +67,17 @@ class MultiHeadLoRALinear(nn.Module):
 
     def forward(self, x):
         """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
-        y, x = self.base(x), x.float()  # [..., d_out], [..., d_in]
+        y = self.base(x)  # [..., d_out]
         count = len(self.heads)  # N
-        if self.training and self.dropout.p > 0:
-            z = torch.stack([self.lora_A(self.dropout(x)) for _ in range(count)], dim=-2)  # [..., N, r]
-        else:
-            z = self.lora_A(x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
+        with branch_precision(x) as fast_x:
+            if self.training and self.dropout.p > 0:
+                z = torch.stack([self.lora_A(self.dropout(fast_x)) for _ in range(count)], dim=-2)  # [..., N, r]
+            else:
+                z = self.lora_A(fast_x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
         z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
-        weights = None if self.router is None else torch.softmax(self.router(x).float(), dim=-1)  # [..., N]
-        return y + (self.scaling * combine_heads(z, weights, self.heads)).to(y.dtype)
+        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # float32 [..., N]
+        with branch_precision(x):
+            return y + (self.scaling * combine_heads(z, weights, self.heads)).to(y.dtype)
 
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""

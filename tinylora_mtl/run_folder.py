@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoint import list_checkpoints
 from .cli import Stopped
+from .distributed import gather, rank
 from .files import make_folder, write_json
 from .settings import MAY_DIFFER, read_config
 
@@ -26,8 +27,11 @@ def open_run(config, resuming):
 
     Raises FileExistsError for a folder that already holds a run (unless --overwrite), BlockingIOError for one that
     another process is using, OSError for one that cannot be made. An OSError for want of space, and a signal, leave
-    the block with a message that says how to go on.
+    the block with a message that says how to go on. Of several processes the first does all that, for all.
     """
+    if rank() > 0:
+        yield gather(None)[0]
+        return
     folder = Path(config.out) if config.out is not None else free_folder(config)
     if not resuming:
         if (folder / "config.json").exists() and not config.overwrite:
@@ -40,6 +44,7 @@ def open_run(config, resuming):
                 clear(folder)
             if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
                 write_json(folder / "config.json", asdict(config))
+            gather(folder)
             yield folder
         except OSError as error:
             if error.errno not in NO_SPACE:

@@ -10,6 +10,7 @@ from pathlib import Path
 from .adapters import METHODS as LAYER_METHODS
 from .adapters import AdapterConfig
 from .align import ALIGNMENTS
+from .distributed import world
 from .files import MOST_HEADS, MOST_RANK, read_json
 from .models import DTYPES
 from .tasks import SCORES, check_labels, is_path, require_samples
@@ -22,7 +23,8 @@ LIMITS = {  # smallest and largest; beyond the largest a slip of the finger woul
     "rank": (1, MOST_RANK), "heads": (1, MOST_HEADS), "batch_size": (1, 2 ** 20), "inner_steps": (0, 10 ** 9),
     "skip_bad_steps": (0, 10 ** 9), "seed": (-2 ** 63, 2 ** 63 - 1)}
 OTHERWISE = (1, 10 ** 9)  # for the other whole numbers
-MAY_DIFFER = ("device", "checkpoint_every", "skip_bad_steps")  # in a resumed run: where and how safely it goes on
+MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")  # in a resumed run:
+# where, how fast and how safely it goes on
 
 
 def option(default, text, **extra):
@@ -69,6 +71,9 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
                                 "precision on a GPU that has it, else float32", choices=["auto", *DTYPES])
+    gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass instead of keeping what "
+                                                 "it computed: less memory, a third more time, the same result")
+    compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=["test", "validation"])
     score: str = option("generate", "write the answer, or choose the likeliest of a task's labels", choices=SCORES)
@@ -118,6 +123,9 @@ def check(config):
             raise ValueError(f"{flag} must be at least 0, got {value}")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup must be from 0 to 1, got {config.warmup}")
+    if config.compile and config.method == "align":
+        raise ValueError("--compile does not go with --method align: compiled code may pass over the hooks that "
+                         "collect the features")
     if config.out == "":
         raise ValueError("--out is empty; leave it out, or name a folder")
 
@@ -137,7 +145,8 @@ def flag_of(name):
 
 
 def check_sizes(config, tasks):
-    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from."""
+    """ValueError if a batch cannot hold every task, or a task has too few samples, or no labels to choose from, or if
+    several processes cannot share the work equally."""
     require_samples(tasks, "train", config.split)
     check_labels(tasks, config.score)
     if config.method == "meta":
@@ -145,7 +154,16 @@ def check_sizes(config, tasks):
             if len(task.train) < config.support + config.query:
                 raise ValueError(f"task {task.name!r} has {len(task.train)} training samples, fewer than --support "
                                  f"{config.support} plus --query {config.query}")
-    elif config.batch_size // len(tasks) * len(tasks) < max(len(tasks), config.accumulation):
+        tasks_per_round = min(config.tasks_per_round, len(tasks))
+        if tasks_per_round % world():
+            raise ValueError(f"{world()} processes cannot share the {tasks_per_round} tasks of a round equally; "
+                             "--tasks-per-round says how many there are")
+        return
+    each = config.batch_size // len(tasks)
+    if each % world():
+        raise ValueError(f"--batch-size {config.batch_size} has {each} samples of each of {len(tasks)} tasks, which "
+                         f"{world()} processes cannot share equally")
+    if each * len(tasks) // world() < config.accumulation:
         raise ValueError(f"--batch-size {config.batch_size} cannot hold {len(tasks)} tasks in {config.accumulation} "
                          "piece(s); each task needs the same number of places, and each piece a sample")
     if config.method == "align" and len(tasks) < 2:

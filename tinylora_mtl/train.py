@@ -22,10 +22,12 @@ from .align import alignment_gradients, alignment_loss, collect_features, real_t
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
 from .checkpoint import capture, load_checkpoint, open_metrics, restore, save_checkpoint, synced_length
 from .cli import Parser, Stopped, StopSignals, run_command
+from .distributed import (average_over_processes, data_parallel, keep_to_itself, largest, merge, process_group, rank,
+                          same_random_numbers, share, sum_over_processes, world)
 from .evaluate import accuracies, average, average_interval, say_cut, table, task_accuracy
 from .files import read_json, write_json
 from .meta import adapted_to, meta_gradients
-from .models import load_model, pick_length
+from .models import checkpoint_layers, compile_model, load_model, pick_length
 from .multihead import head_cosines
 from .run_folder import open_run
 from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, flag_of, resume_config
@@ -36,8 +38,9 @@ def main(config, resuming=False, stop=None, before=None):
     """Train one adapter, measure before and after, write the run folder; returns what results.json holds.
 
     resuming: go on with the run in config.out instead of starting one (`resume` does that). stop: a StopSignals, if
-    signals are to end the run between two steps. before: the base model's accuracies, if they are known. Raises ValueError for settings that cannot work (before anything is
-    written), FileExistsError for a folder that already holds a run, FloatingPointError for numbers that are not finite.
+    signals are to end the run between two steps. before: the base model's accuracies, if they are known. Raises
+    ValueError for settings that cannot work (before anything is written), FileExistsError for a folder that already
+    holds a run, FloatingPointError for numbers that are not finite.
     """
     began = time.perf_counter()
     check(config)
@@ -51,7 +54,11 @@ def main(config, resuming=False, stop=None, before=None):
     config = replace(config, max_length=pick_length(model, config.max_length))
     torch.manual_seed(config.seed)
     add_adapters(model, adapter_config(config))
-    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed, device)
+    if rank() > 0:  # from the same start, every process has dropout masks of its own
+        torch.manual_seed(config.seed + rank())
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    batches = BalancedBatches(tasks, tokenizer, config.max_length, config.seed)
     say_cut(tokenizer, tasks, config.split, config.max_length)
     with open_run(config, resuming) as folder:
         counts = {task.name: len(getattr(task, config.split)) for task in tasks}
@@ -70,12 +77,14 @@ def main(config, resuming=False, stop=None, before=None):
         columns["after"] = accuracies(model, tokenizer, tasks, *scoring)
         if config.method == "meta":  # "after" is the shared adapter as it is; this is each task's own θ_i
             columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, batches, config)
-        save_adapter(model, folder / "adapter")
+        if rank() == 0:
+            save_adapter(model, folder / "adapter")
         results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
         results |= {f"average_{name}_interval": average_interval(columns[name], counts) for name in columns}
         results["skipped_steps"] = progress["skipped_steps"]
         results["seconds"] = round(time.perf_counter() - progress["began"], 1)
-        write_json(folder / "results.json", results)  # the last file: with it, the run is finished
+        if rank() == 0:
+            write_json(folder / "results.json", results)  # the last file: with it, the run is finished
     print(table({name.replace("_", " "): column for name, column in columns.items()}, counts))
     print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n"
           f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
@@ -95,27 +104,35 @@ def train(model, batches, tasks, config, folder, progress, stop):
     """
     parameters = adapter_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0)
+    on_gpu = next(iter(parameters.values())).is_cuda  # there one kernel updates all; a CPU gains nothing to speak of
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=0.0, fused=on_gpu or None)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     if "adapter" in progress:
         restore(progress, parameters, optimizer, schedule, batches)
     model.train()
-    stop.wait = True
+    called = model  # what stands for the model in a step
+    if config.compile:
+        called = compile_model(model, collate([rows[0] for rows in batches.rows], [0] * len(tasks), batches.pad_id))
+    if config.method != "meta":  # which averages its gradients itself
+        called = data_parallel(called)
+    stop.wait, stopping = True, 0
     bar = tqdm(range(progress["step"] + 1, config.steps + 1), desc=config.method, ncols=80,
-               initial=progress["step"], total=config.steps)
+               initial=progress["step"], total=config.steps, disable=rank() > 0)
     with open_metrics(folder, progress["metrics_bytes"]) as metrics, bar:
         for step in bar:
             log = step % config.log_every == 0 or step in (1, config.steps)
             # ---------------------------------------------------------------- a single training step
             optimizer.zero_grad()
             if config.method == "meta":
-                numbers, task_ids = meta_step(model, batches, config, log)
+                numbers, task_ids = meta_step(called, batches, config, log)
             else:
                 batch = batches.balanced(config.batch_size)
-                numbers, task_ids = multitask_step(model, batch, config), batch["task_ids"]
+                numbers, task_ids = multitask_step(called, batch, config), batch["task_ids"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
             lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
-            finite = torch.isfinite(norm + numbers["loss"])
+            # The one look at a number on the device, which waits for all before it: no step must be taken to NaN. (A
+            # step that is logged looks at its numbers too.)
+            finite = bool(torch.isfinite(norm + numbers["loss"]))
             if finite:
                 optimizer.step()
                 schedule.step()
@@ -133,7 +150,7 @@ def train(model, batches, tasks, config, folder, progress, stop):
             if log or not finite:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
-            stopping = stop.number  # asked once: a signal that comes after this is for the next step
+            stopping = largest(stop.number)  # asked once: a signal that comes after this is for the next step
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 progress["seconds"] = time.perf_counter() - progress["began"]
                 progress["metrics_bytes"] = synced_length(metrics)
@@ -141,10 +158,10 @@ def train(model, batches, tasks, config, folder, progress, stop):
             if stopping:
                 break
     stop.wait = False
-    if stop.number:
-        raise Stopped(stop.number)
+    if stopping or stop.number:
+        raise Stopped(stopping or stop.number)
     model.eval()
-    for idle in idle_parts(parameters, start):
+    for idle in idle_parts(parameters, start) if rank() == 0 else ():
         print(f"warning: {idle}", file=sys.stderr)
 
 
@@ -155,7 +172,8 @@ def skip(problem, progress, config):
         raise FloatingPointError(f"{problem}{already}; a lower --lr usually helps, and --skip-bad-steps N passes over "
                                  "up to N such steps")
     progress["skipped_steps"] += 1
-    tqdm.write(f"{problem}: skipped", file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(f"{problem}: skipped", file=sys.stderr)
 
 
 def idle_parts(parameters, start):
@@ -178,8 +196,9 @@ def describe(config, model, tasks, device):
     total = sum(p.numel() for p in model.parameters())
     sizes = [len(task.train) for task in tasks]
     span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    where = f"{device}" if world() == 1 else f"{device.type}, in {world()} processes"
     print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
-          f"{config.steps} steps at a learning rate of {config.lr:g}, on {device}\n"
+          f"{config.steps} steps at a learning rate of {config.lr:g}, on {where}\n"
           f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
     return {"trainable_parameters": trainable, "total_parameters": total}
 
@@ -189,28 +208,32 @@ def multitask_step(model, batch, config):
 
         L = L_task (+ λ · L_align)
     Computed in `accumulation` pieces. The pieces' losses are divided by the labels of the whole batch, and the
-    alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces.
+    alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces. In the
+    same way for several processes, each of which is given the whole batch and computes its share.
     """
     if config.shuffle_groups:  # as many samples in each group as before, but of any task
-        batch = batch | {"task_ids": batch["task_ids"][torch.randperm(len(batch["task_ids"]))]}
-    pieces = split_batch(batch, config.accumulation)
+        with same_random_numbers(torch.device("cpu")):
+            batch = batch | {"task_ids": batch["task_ids"][torch.randperm(len(batch["task_ids"]))]}
+    pieces = split_batch(share(batch), config.accumulation)
     labels = (batch["labels"] != NO_LABEL).sum()
     numbers = {"loss": 0.0}
     if config.method == "align" and len(pieces) > 1:
         numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, config.align)
     for i, piece in enumerate(pieces):
-        with collect_features(model) if config.method == "align" else nullcontext() as features:
-            loss = label_loss(model, piece, labels)
-        numbers["loss"] += loss.detach()
-        if config.method == "align":
-            if len(pieces) == 1:
-                alignment = alignment_loss(features, piece, config.align)
-                numbers["alignment"] = alignment.detach()
-            else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
-                alignment = sum((real_tokens(z, piece) * gradient_pieces[name][i]).sum()
-                                for name, z in features.items())
-            loss = loss + config.align_weight * alignment
-        loss.backward()
+        with nullcontext() if i == len(pieces) - 1 else keep_to_itself(model):  # the last one exchanges the sum of all
+            with collect_features(model) if config.method == "align" else nullcontext() as features:
+                loss = label_loss(model, piece, labels)
+            numbers["loss"] += loss.detach()
+            if config.method == "align":
+                if len(pieces) == 1:
+                    alignment = alignment_loss(features, piece, config.align)
+                    numbers["alignment"] = alignment.detach()
+                else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
+                    alignment = sum((z * gradient_pieces[name][i]).sum()
+                                    for name, z in real_tokens(features, piece).items())
+                loss = loss + config.align_weight * alignment
+            (world() * loss).backward()  # the exchange takes the mean over the processes; this makes it the sum
+    numbers["loss"] = sum_over_processes(numbers["loss"])
     return numbers
 
 
@@ -218,13 +241,16 @@ def meta_step(model, batches, config, log):
     """MeTA-LoRA's two stages for one round, the outer gradient left in `.grad`; returns the numbers to log."""
     episodes = batches.episodes(min(config.tasks_per_round, len(batches.rows)), config.support, config.query)
     losses = [] if log else None
-    gradients = meta_gradients(model, episodes, config.inner_lr, config.inner_steps, losses)
+    gradients = meta_gradients(model, episodes[rank()::world()], config.inner_lr, config.inner_steps, losses)
+    average_over_processes(gradients.values())  # each has as many tasks as any other
     for name, parameter in adapter_parameters(model).items():
         parameter.grad = gradients[name]
     task_ids = torch.cat([query["task_ids"] for _, query in episodes])
     numbers = {"loss": torch.zeros(())}  # between two log steps the gradient's norm alone tells what is not finite
     if log:
-        before, after, query = torch.tensor(losses).mean(0)  # [n, 3] -> 3 means over the tasks
+        means = torch.tensor(losses).mean(0)  # [n, 3] -> 3 means over the tasks
+        average_over_processes([means])
+        before, after, query = means
         numbers = {"loss": query, "support_loss_before": before, "support_loss_after": after}
     return numbers, task_ids
 
@@ -234,10 +260,12 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
     scores = {}
     for task_id, task in enumerate(tasks):
         rows = [batches.rows[task_id][index] for index in batches.draw(task_id, config.support + config.query)]
-        support = collate(rows, [task_id] * len(rows), tokenizer.pad_token_id, batches.device)
-        with adapted_to(model, support, config.inner_lr, config.inner_steps):
-            scores[task.name] = task_accuracy(model, tokenizer, task, config.split, config.max_length, config.score)
-    return scores
+        support = collate(rows, [task_id] * len(rows), tokenizer.pad_token_id)
+        if task_id % world() == rank():  # all draw for every task, so that each gets the samples it always gets
+            with adapted_to(model, support, config.inner_lr, config.inner_steps):
+                scores[task.name] = task_accuracy(model, tokenizer, task, config.split, config.max_length, config.score)
+    scores = merge(scores)
+    return {task.name: scores[task.name] for task in tasks}
 
 
 def parse(argv=None):
@@ -267,9 +295,10 @@ def parse(argv=None):
 
 def command(argv=None):
     """The command: a signal ends it between two steps, with a checkpoint."""
-    config, resuming = parse(argv)
-    with StopSignals() as stop:
-        main(config, resuming, stop)
+    with process_group():
+        config, resuming = parse(argv)
+        with StopSignals() as stop:
+            main(config, resuming, stop)
 
 
 if __name__ == "__main__":
