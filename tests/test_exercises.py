@@ -69,14 +69,12 @@ def test_ex1_dropout_acts_on_the_branchs_input_in_training_only():
 
 @pytest.mark.ex1
 def test_ex1_the_type_is_the_base_layers():
-    adapter = LoRALinear(nn.Linear(3, 2, dtype=torch.bfloat16), rank=2, alpha=2)
-    nn.init.ones_(adapter.lora_B.weight)
-    x = X.bfloat16()
-    assert adapter(x).dtype == torch.bfloat16, "y should come in the type that the base layer returns"
-    seen = []
-    adapter.lora_A.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
-    adapter(x)
-    assert seen == [torch.float32], "the branch computes in float32, whatever the base layer's type: x.float()"
+    for dtype, computed_in in ((torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)):
+        adapter, seen = LoRALinear(nn.Linear(3, 2, dtype=dtype), rank=2, alpha=2), []
+        nn.init.ones_(adapter.lora_B.weight)
+        adapter.lora_A.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        assert adapter(X.to(dtype)).dtype == dtype, "y should come in the type that the base layer returns: y.dtype"
+        assert seen == [computed_in], "the branch should see what `with branch_precision(x) as x` makes of x"
 
 
 # ------------------------------------------------------------------------------------------------- ex2: merging

@@ -47,8 +47,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """[ex1] y = W x + b + s · B A drop(x), in the type that the base layer returns.
 
-        x [..., d_in] -> y [..., d_out]. The base layer sees x as it is; the branch computes in float32, and dropout
-        acts on its input only. `self.lora_A` is called as a layer, so that its output can be collected.
+        x [..., d_in] -> y [..., d_out]. The base layer sees x as it is; the branch is computed within
+        `branch_precision(x)`, and dropout acts on its input only. `self.lora_A` is called as a layer, so that its
+        output can be collected.
         """
         y = self.base(x)  # [..., d_out]
         with branch_precision(x) as x:
