@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylora_mtl import adapter_parameters, add_adapters, checkpoint, run_folder, train
+from tinylora_mtl import adapter_parameters, add_adapters, checkpoint, distributed, run_folder, train
+from tinylora_mtl.align import owners
 from tinylora_mtl.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.distributed import data_parallel, process_group, rank, world
 from tinylora_mtl.settings import TrainConfig, adapter_config, check_sizes
@@ -48,21 +49,23 @@ def one_step(**changes):
     model.train()
     if config.method == "meta":
         numbers, _ = train.meta_step(model, Episodes(), config, log=True)
-    else:  # lengths differ, and the labels of the two shares do
+    else:
+        batch = {key: tensor.flip(0) for key, tensor in make_batch(each=4).items()}  # the first share is the shorter
+        assert len({len(owners({key: tensor[i::2] for key, tensor in batch.items()})) for i in range(2)}) == 2
         called, exchanges = data_parallel(model), []
         if world() > 1:
             called.register_comm_hook(None, lambda _, bucket: exchanges.append(1) or allreduce_hook(None, bucket))
-        numbers = train.multitask_step(called, make_batch(each=4), config)
+        numbers = train.multitask_step(called, batch, config)
         assert len(exchanges) == world() - 1  # one for all pieces together
     return numbers, {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
 
 
 def many_tokens():
     """The alignment by MMD of more tokens than it takes, whose choice is random, in each process from another seed."""
-    torch.manual_seed(rank())
     model = make_llama()
     add_adapters(model, adapter_config(TrainConfig()))
     config = TrainConfig(method="align", align="mmd", align_weight=0.5)
+    torch.manual_seed(rank())
     return train.multitask_step(data_parallel(model.train()), make_batch(each=60), config)["alignment"]
 
 
@@ -194,6 +197,17 @@ def test_an_error_of_all_is_told_once(tmp_path):
         assert result.stderr.count(line) == 1, result.stderr
         assert not any("tinylora_mtl" in text and "File" in text for text in result.stderr.splitlines())  # no traceback
     assert not (tmp_path / "run").exists()
+
+
+def test_every_process_has_its_part_of_every_task(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    batch, seen = make_batch(each=4), []
+    for number in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda: number)
+        part = distributed.share(batch)
+        assert part["task_ids"].tolist() == [0, 0, 1, 1, 2, 2]
+        seen += part["input_ids"].tolist()
+    assert sorted(seen) == sorted(batch["input_ids"].tolist())
 
 
 def test_what_cannot_be_shared_is_refused(monkeypatch):

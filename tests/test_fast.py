@@ -148,9 +148,9 @@ def test_compile_is_used_in_training_and_not_in_scoring(tmp_path, few, monkeypat
         wrapper._orig_mod, wrapper.forward = model, forward
         return wrapper
     monkeypatch.setattr(torch, "compile", compiled)
-    run(tmp_path / "a", method="lora", compile=True)
+    run(tmp_path / "a", method="rlora", compile=True)
     assert called == [True] * 4  # tried once, then three steps
-    run(tmp_path / "b", method="lora")
+    run(tmp_path / "b", method="rlora")  # its dropout tells that the trial used up no random number
     assert len(called) == 4 and outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
@@ -166,7 +166,7 @@ def test_where_compiling_fails_the_run_goes_on_without_it(tmp_path, few, monkeyp
     said = "torch.compile does not work here (RuntimeError: no compiler): going on without it"
     assert capsys.readouterr().out.splitlines().count(said) == 1
     run(tmp_path / "b", method="rlora")
-    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")  # and what was tried used up no random number
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
 def test_compile_and_align_are_refused(capsys):
