@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
         """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
         y = self.base(x)  # [..., d_out]
         z = self.lora_A(self.dropout(x.float()))  # [..., r]
-        return y + (self.scaling * self.lora_B(z)).to(y.dtype)
+        return y + self.lora_B(self.scaling * z).to(y.dtype)  # s times r values of z, not times d_out of y
 
     def delta(self):
         """ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""
