@@ -51,7 +51,8 @@ def moments(z, sizes):
     def mean_of(values):  # [n, d] -> [T, d]
         return values.new_zeros(len(sizes), z.shape[1]).index_add(0, task, values) / count[:, None]
     mean = mean_of(z)
-    return mean, mean_of((z - mean.index_select(0, task)).square())
+    deviation = z - mean.detach().index_select(0, task)  # no gradient through this mean: deviations from it sum to 0
+    return mean, mean_of(deviation.square())
 
 
 def kl_all_pairs(mean, variance):
