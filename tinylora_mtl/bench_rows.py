@@ -140,7 +140,7 @@ def round_and_steps(place):
 def two_rounds(place, ours, theirs):
     """MeTA-LoRA's gradients with k = n = ours, and = theirs, all from one support and one query batch."""
     config, model, batches = prepare(place.config(method="meta"))
-    episode, = batches.episodes(1, place.batch_size // 2, place.batch_size // 2)
+    episode, = batches.episodes(1, place.batch_size // 4, place.batch_size // 4)
     return [partial(meta_gradients, model, [episode] * size, config.inner_lr, size) for size in (ours, theirs)]
 
 
