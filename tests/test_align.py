@@ -5,8 +5,9 @@ import torch
 from conftest import make_batch, make_llama, randomize_adapters
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, kl_alignment, mmd_alignment
-from tinylora_mtl.align import (MMD_BANDWIDTHS, VARIANCE_FLOOR, alignment_loss, collect_features, group_by_task,
-                                kl_all_pairs, owners, real_tokens)
+from tinylora_mtl import align as align_module
+from tinylora_mtl.align import (MMD_BANDWIDTHS, VARIANCE_FLOOR, GaussianKernels, alignment_loss, alignment_of,
+                                collect_features, group_by_task, kl_all_pairs, owners, real_tokens)
 from tinylora_mtl.batching import label_loss, split_batch
 from tinylora_mtl.train import TrainConfig, multitask_step
 
@@ -81,6 +82,57 @@ def test_mmd_equals_the_sums(sizes, shift):
     torch.testing.assert_close(mmd_alignment(groups).double(), mmd_by_sums(groups), atol=1e-4, rtol=1e-4)
 
 
+def test_mmd_gradient_equals_that_of_the_sums():
+    ours, theirs = ([(0.1 * g.float()).requires_grad_() for g in groups_of((5, 9, 4))] for _ in range(2))
+    torch.testing.assert_close(torch.autograd.grad(mmd_alignment(ours), ours),
+                               torch.autograd.grad(mmd_by_sums(theirs), theirs), atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_and_their_derivative_are_those_of_the_sum_written_out():
+    """From points that coincide to points whose narrow kernels are far below the smallest float."""
+    d = torch.tensor([0.0, 1e-7, 1e-4, 0.3, 7.0, 400.0, 1e8], requires_grad=True)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 1.5, 2.0])
+    values = []
+    for kernels in (GaussianKernels.apply(d, MMD_BANDWIDTHS), sum(torch.exp(-d / (2 * s)) for s in MMD_BANDWIDTHS)):
+        values.append((kernels, torch.autograd.grad(kernels, d, upstream)[0]))
+    torch.testing.assert_close(*values, atol=1e-30, rtol=1e-5)
+
+
+@pytest.mark.parametrize("align", [kl_alignment, mmd_alignment])
+def test_several_layers_give_the_mean_over_them(align):
+    groups = [torch.randn(n, 5, 3) * (1 + t) for t, n in enumerate((4, 9, 6))]  # [n_t, L, r]
+    mean = torch.stack([align([group[:, layer] for group in groups]) for layer in range(5)]).mean()
+    torch.testing.assert_close(align(groups), mean)
+
+
+def test_kl_has_no_loop_over_tasks():
+    """As many operations for 300 tasks as for 3."""
+    def operations(count):
+        from torch.utils._python_dispatch import TorchDispatchMode
+        seen = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+        z, owner = torch.randn(1200, 4, requires_grad=True), torch.arange(1200) % count
+        with Watch():
+            alignment_of({"layer": z}, owner, "kl")
+        return len(seen)
+    assert operations(300) == operations(3)
+
+
+def test_mmd_without_pdist_is_the_same(monkeypatch):
+    """MPS has none; there the pairs are written out."""
+    groups = groups_of((5, 9, 4))
+    expected = mmd_alignment(groups)
+    monkeypatch.setattr(torch, "pdist", None)
+    with pytest.raises(TypeError):
+        mmd_alignment(groups)
+    monkeypatch.setattr(align_module, "lacks_pdist", lambda z: True)
+    torch.testing.assert_close(mmd_alignment(groups), expected)
+
+
 def test_mmd_gradient_is_finite_where_points_coincide():
     group = torch.ones(4, 3, requires_grad=True)
     gradient, = torch.autograd.grad(mmd_alignment([group, torch.randn(5, 3)]), group)
@@ -110,7 +162,7 @@ def test_few_tokens_give_no_nan(align):
     torch.manual_seed(0)
     torch.testing.assert_close(align([a, b, torch.randn(1, 4)]), align([a, b]))  # one token has no spread: left out
     constant = [torch.zeros(5, 4), torch.zeros(5, 4)]
-    assert align(constant) == 0
+    assert align(constant) == pytest.approx(0, abs=1e-6)
 
 
 def adapted(method="lora", **options):
@@ -143,7 +195,7 @@ def test_groups_follow_task_ids_and_leave_padding_out(batch):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = {key: tensor[order] for key, tensor in batch.items()}
     def groups_in(z, batch):
-        return group_by_task(real_tokens({"layer": z}, batch), owners(batch))["layer"]
+        return group_by_task(real_tokens({"layer": z}, batch)["layer"], owners(batch))
     ours, theirs = groups_in(z, batch), groups_in(z[order], shuffled)
     for ours, theirs in zip(ours, theirs):
         assert sorted(ours.tolist()) == sorted(theirs.tolist())

@@ -29,16 +29,32 @@ def kl_alignment(groups):
 
     groups: one [n_t, r] tensor per task, n_t may differ -> a scalar. Each task is a diagonal Gaussian (μ_t, v_t);
     D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer than two tokens has no variance and is
-    left out; with fewer than two tasks left, the result is 0 (and still has a gradient, which is 0). Raises nothing.
+    left out; with fewer than two tasks left, the result is 0 (and still has a gradient, which is 0). Groups of shape
+    [n_t, L, r] hold the features of L layers, and the result is the mean over the layers. Raises nothing.
     Source: arXiv 2508.05078, equations 4 to 6.
     """
-    kept = [group.float() for group in groups if len(group) > 1]
+    kept = [group for group in groups if len(group) > 1]
     if len(kept) < 2:
         return _zero(groups)
-    mean = torch.stack([group.mean(0) for group in kept])  # [T, r]
-    variance = torch.stack([group.var(0, unbiased=False) for group in kept]) + VARIANCE_FLOOR  # [T, r]
-    count = len(kept)
-    return kl_all_pairs(mean, variance) / (count * (count - 1) / 2)
+    layers = kept[0][0, ..., 0].numel()  # L, or 1
+    mean, variance = moments(torch.cat(kept).flatten(1).float(), [len(group) for group in kept])  # [T, L·r]
+    return kl_all_pairs(mean, variance + VARIANCE_FLOOR) / layers / (len(kept) * (len(kept) - 1) / 2)
+
+
+def moments(z, sizes):
+    """The mean and the variance of each task, [T, d] both; z [n, d] holds the tasks one after another.
+
+    Sums by index: a loop over the tasks would cost more than their tokens when there are many.
+    """
+    count = torch.tensor(sizes)  # [T]
+    task = send(torch.arange(len(sizes)).repeat_interleave(count), z.device)  # [n]
+    count = send(count, z.device)
+
+    def mean_of(values):  # [n, d] -> [T, d]
+        return values.new_zeros(len(sizes), z.shape[1]).index_add(0, task, values) / count[:, None]
+    mean = mean_of(z)
+    deviation = z - mean.detach().index_select(0, task)  # no gradient through this mean: deviations from it sum to 0
+    return mean, mean_of(deviation.square())
 
 
 def symmetric_kl(mean, variance, other_mean, other_variance):
@@ -75,21 +91,58 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
     groups: one [n_t, r] tensor per task, n_t may differ -> a scalar, which can be slightly negative.
         D = mean_{a≠b} k(z_a, z_b) + mean_{a≠b} k(z'_a, z'_b) - 2 mean_{a,b} k(z_a, z'_b)
         k(z, z') = Σ_σ exp(-‖z - z'‖² / 2σ)
-    Of a task with more than MMD_TOKENS tokens a random subset of that size is used. Tasks with fewer than two tokens
-    are left out, as in `kl_alignment`. Raises nothing. Source: arXiv 2508.05078; the estimator without its diagonal is Gretton et
-    al., JMLR 2012, lemma 6.
+    Of a task with more than MMD_TOKENS tokens a random subset of that size is used, the same in all layers. Tasks with
+    fewer than two tokens are left out, and groups may hold several layers, as in `kl_alignment`. Raises nothing. Source:
+    arXiv 2508.05078; the estimator without its diagonal is Gretton et al., JMLR 2012, lemma 6.
     """
     kept = [_subset(group.float()) for group in groups if len(group) > 1]
     if len(kept) < 2:
         return _zero(groups)
-    sizes = [len(group) for group in kept]
-    z = torch.cat(kept)  # [n, r], n over all tasks
-    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()  # [n, n]
-    kernel = sum(torch.exp(-distance / (2 * sigma)) for sigma in bandwidths)  # [n, n]
-    blocks = [row.split(sizes, dim=1) for row in kernel.split(sizes)]  # blocks[t][u] [n_t, n_u]
-    within = [(blocks[t][t].sum() - blocks[t][t].diagonal().sum()) / (n * (n - 1)) for t, n in enumerate(sizes)]
-    pairs = [within[t] + within[u] - 2 * blocks[t][u].mean() for t in range(len(sizes)) for u in range(t)]
-    return torch.stack(pairs).mean()
+    z = torch.cat(kept)  # [n, r] or [n, L, r], n over all tasks
+    a, b = torch.triu_indices(len(z), len(z), 1, device=z.device)  # every pair of tokens once, in pdist's order
+    weights = mmd_weights([len(group) for group in kept], a, b)
+    total = 0.0
+    for layer in z.view(len(z), -1, z.shape[-1]).unbind(1):  # [n, r]
+        squared = (layer[a] - layer[b]).square().sum(-1) if lacks_pdist(layer) else torch.pdist(layer).square()
+        total = total + weights @ GaussianKernels.apply(squared, bandwidths)  # squared [pairs]
+    return total / z[0, ..., 0].numel()
+
+
+def mmd_weights(sizes, a, b):
+    """How much the kernel of tokens a and b, [pairs] both, counts in the mean of D over all pairs of tasks -> [pairs].
+
+    Of T tasks, each is in T - 1 of the T (T-1) / 2 pairs, so mean D = 2/T Σ_t within_t - 4/(T (T-1)) Σ_{t<u} between_tu
+    where within_t, a mean over a≠b, has each pair of the n_t tokens twice.
+    """
+    count = torch.tensor(sizes)
+    task = send(torch.arange(len(sizes)).repeat_interleave(count), a.device)  # [n]
+    count = send(count, a.device)
+    within, between = 2 / len(sizes) * 2 / (count * (count - 1)), 4 / (len(sizes) * (len(sizes) - 1))
+    a, b = task[a], task[b]
+    return torch.where(a == b, within[a], -between / (count[a] * count[b]))
+
+
+class GaussianKernels(torch.autograd.Function):
+    """k(d) = Σ_σ exp(-d / 2σ) of each squared distance d, and its derivative -Σ_σ exp(-d / 2σ) / 2σ in the same loop.
+
+    The same as writing the sum out, but autograd would keep two tensors for each of the 19 kernels and go over them
+    again. Exponents stop at -87: e^-87 is as good as 0, and what is smaller, float32 computes many times slower.
+    """
+
+    @staticmethod
+    def forward(ctx, d, bandwidths):
+        k, slope, kernel = torch.zeros_like(d), torch.zeros_like(d), torch.empty_like(d)
+        for sigma in bandwidths:
+            torch.mul(d, -0.5 / sigma, out=kernel).clamp_(min=-87).exp_()
+            k += kernel
+            slope.sub_(kernel, alpha=0.5 / sigma)
+        ctx.save_for_backward(slope)
+        return k
+
+    @staticmethod
+    def backward(ctx, gradient):
+        slope, = ctx.saved_tensors
+        return gradient * slope, None
 
 
 ALIGNMENTS = {"kl": kl_alignment, "mmd": mmd_alignment}
@@ -97,6 +150,11 @@ ALIGNMENTS = {"kl": kl_alignment, "mmd": mmd_alignment}
 
 class NoGradientError(RuntimeError):
     """The alignment term would train nothing."""
+
+
+def lacks_pdist(z):
+    """Whether torch.pdist, five times as fast as taking differences, has no kernel where z is."""
+    return z.device.type == "mps"
 
 
 def _subset(group):
@@ -168,15 +226,15 @@ def alignment_of(features, owner, kind):
     With several processes, of the features of all: the same number in each, with the gradient of its own features.
     """
     features, owner = gather_features(features, owner)
-    with same_random_numbers(next(iter(features.values())).device):  # for the tokens that `mmd_alignment` takes
-        return torch.stack([ALIGNMENTS[kind](groups) for groups in group_by_task(features, owner).values()]).mean()
+    z = torch.stack(list(features.values()), dim=1)  # [n, L, r]: all layers at once
+    with same_random_numbers(z.device):  # for the tokens that `mmd_alignment` takes
+        return ALIGNMENTS[kind](group_by_task(z, owner))
 
 
-def group_by_task(features, owner):
-    """{layer: z [n, r]} as {layer: a [n_t, r] tensor for every task that is in owner [n]}; owner is on the CPU."""
+def group_by_task(z, owner):
+    """z [n, ...] as a [n_t, ...] tensor for every task that is in owner [n], which is on the CPU."""
     sizes = owner.unique(return_counts=True)[1].tolist()
-    sorted_by_task = pick(owner.argsort(stable=True), features)
-    return {name: z.split(sizes) for name, z in sorted_by_task.items()}
+    return z.index_select(0, send(owner.argsort(stable=True), z.device)).split(sizes)
 
 
 def alignment_gradients(model, pieces, kind="kl"):

@@ -54,7 +54,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # [..., d_out]
         with branch_precision(x) as x:
             z = self.lora_A(self.dropout(x))  # [..., r]
-            return y + (self.scaling * self.lora_B(z)).to(y.dtype)
+            return y + self.lora_B(self.scaling * z).to(y.dtype)  # s times r values of z, not times d_out of y
 
     def delta(self):
         """[ex2] ΔW = s · B A, float32 [d_out, d_in]: what merging adds to W."""

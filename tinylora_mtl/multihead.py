@@ -77,7 +77,7 @@ class MultiHeadLoRALinear(nn.Module):
         z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
         weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # float32 [..., N]
         with branch_precision(x):
-            return y + (self.scaling * combine_heads(z, weights, self.heads)).to(y.dtype)
+            return y + combine_heads(self.scaling * z, weights, self.heads).to(y.dtype)
 
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""
