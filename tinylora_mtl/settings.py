@@ -4,6 +4,7 @@ A run folder keeps its settings in config.json. `resume_config` reads them back 
 it another run.
 """
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -82,6 +83,23 @@ class TrainConfig:
     skip_bad_steps: int = option(0, "pass over up to this many steps whose loss or gradient is not finite")
     out: str = option(None, "the run folder (default: the first free of runs/METHOD-TASKS-seedN)", type=str)
     overwrite: bool = option(False, "replace a run that is already in --out")
+
+
+def add_flags(parser):
+    """Give an argparse parser a flag for every field of TrainConfig; what is parsed has only those that were given."""
+    for item in fields(TrainConfig):
+        flag, extra = flag_of(item.name), dict(item.metadata)
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", help=extra["help"], default=SUPPRESS)
+            continue
+        if item.type is tuple:
+            extra |= {"nargs": "+", "type": str}
+        if "choices" in extra:  # `check` tells a wrong one
+            extra["help"] += f": {', '.join(extra.pop('choices'))}"
+        if item.default is not None:
+            extra["help"] += f" (default: {' '.join(item.default) if item.type is tuple else item.default})"
+        # without a default here, what comes out of the parser is what was given, and --resume can tell
+        parser.add_argument(flag, **{"type": item.type, "default": SUPPRESS, **extra})
 
 
 def adapter_config(config):

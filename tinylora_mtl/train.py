@@ -8,9 +8,8 @@ Read `main` first, then `train`: that is all there is. A run that was stopped go
 import json
 import sys
 import time
-from argparse import SUPPRESS
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from .meta import adapted_to, meta_gradients
 from .models import checkpoint_layers, compile_model, load_model, pick_length
 from .multihead import head_cosines
 from .run_folder import open_run
-from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in, flag_of, resume_config
+from .settings import TrainConfig, adapter_config, add_flags, check, check_sizes, fill_in, resume_config
 from .tasks import load_tasks
 
 
@@ -275,19 +274,7 @@ def parse(argv=None):
     """
     parser = Parser("train", __doc__)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, which has its settings")
-    for item in fields(TrainConfig):
-        flag, extra = flag_of(item.name), dict(item.metadata)
-        if item.type is bool:
-            parser.add_argument(flag, action="store_true", help=extra["help"], default=SUPPRESS)
-            continue
-        if item.type is tuple:
-            extra |= {"nargs": "+", "type": str}
-        if "choices" in extra:  # `check` tells a wrong one
-            extra["help"] += f": {', '.join(extra.pop('choices'))}"
-        if item.default is not None:
-            extra["help"] += f" (default: {' '.join(item.default) if item.type is tuple else item.default})"
-        # without a default here, what comes out of the parser is what was given, and --resume can tell
-        parser.add_argument(flag, **{"type": item.type, "default": SUPPRESS, **extra})
+    add_flags(parser)
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")
     return (TrainConfig(**given), False) if folder is None else (resume_config(folder, **given), True)
