@@ -208,14 +208,14 @@ CHANGED = dict(model="elsewhere", tasks=["navigate"], method="lora", rank=3, alp
                targets=["q_proj"], steps=8, batch_size=8, accumulation=2, lr=0.001, warmup=0.0, clip=2.0,
                max_length=100, samples=9, align="mmd", align_weight=0.1, tasks_per_round=1, support=2, query=2,
                inner_steps=1, inner_lr=0.1, seed=1, split="test", score="choose", dtype="float16", log_every=1,
-               out="elsewhere", overwrite=True)
+               out="elsewhere", overwrite=True, zero_start=True, shuffle_groups=True)
 
 
 def test_changed_settings_are_refused_by_name(tmp_path, few, capsys):
     stopped_run(tmp_path, 5)
     assert set(CHANGED) == {item.name for item in fields(TrainConfig)} - set(MAY_DIFFER)
     for name, value in CHANGED.items():
-        flags = ["--overwrite"] if name == "overwrite" else flags_of(**{name: value})
+        flags = [f"--{name.replace('_', '-')}"] if value is True else flags_of(**{name: value})
         with pytest.raises(ValueError, match=f"^{flags[0]} would make it another run"):
             train.parse(["--resume", str(tmp_path), *flags])
     same = flags_of(rank=2, tasks=TINY["tasks"], steps=7, dropout=0.2, method="align", out=tmp_path)
