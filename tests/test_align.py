@@ -208,6 +208,12 @@ def test_groups_follow_task_ids_and_leave_padding_out(batch):
                                    alignment_loss({"layer": z}, batch, kind))
 
 
+def test_groups_of_unequal_sizes_are_those_of_a_loop():
+    owner, z = torch.tensor([4, 1, 1, 7, 4, 1, 1, 7, 1]), torch.randn(9, 2, 3)
+    for ours, task in zip(group_by_task(z, owner), (1, 4, 7), strict=True):
+        assert torch.equal(ours, z[owner == task])
+
+
 @pytest.mark.parametrize("kind", ["kl", "mmd"])
 def test_gradient_reaches_A_and_not_B(batch, kind):
     model = adapted()

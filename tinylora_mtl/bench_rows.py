@@ -126,11 +126,13 @@ def round_and_steps(place):
     config, model, batches = prepare(place.config(method="meta", tasks_per_round=2, inner_steps=2, support=each,
                                                   query=each))
     _, other, _ = prepare(place.config())
+    episodes = batches.episodes(config.tasks_per_round, config.support, config.query)
+    batches.episodes = lambda *_: episodes  # the same in every round, for tasks differ in length
     waiting = []
     step = stepper(other, lambda: train.multitask_step(other, waiting.pop(), config), config)
 
     def steps():
-        for support, query in batches.episodes(config.tasks_per_round, config.support, config.query):
+        for support, query in episodes:
             waiting.extend([support] * config.inner_steps + [query])
         while waiting:
             step()
