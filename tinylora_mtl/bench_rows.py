@@ -179,6 +179,7 @@ def run_and_trainer(place):
 
 
 def evaluation_and_loop(place):
+    """Answers written in batches, and one sample at a time."""
     (model, tokenizer), tasks = place.base(), load_tasks(place.tasks)
     samples = [sample for task in tasks for sample in (task.test or task.validation)[:place.samples]]
     return partial(generate_answers, model, tokenizer, samples), partial(plain_answers, model, tokenizer, samples)
@@ -198,6 +199,7 @@ def plain_answers(model, tokenizer, samples):
 
 
 def merged_and_base(place):
+    """A forward pass of the model with its adapters merged, and of the base model."""
     config, model, batches = prepare(place.config())
     with torch.no_grad():
         for adapter in find_adapters(model).values():

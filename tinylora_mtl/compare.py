@@ -29,7 +29,7 @@ from .models import load_model, pick_length
 from .multihead import head_cosines, mean_of_pairs
 from .pictures import draw_results, say_missing
 from .plan import PRESETS, SEARCH_SEED, SHARED, SIZES, Run, make_plan, samples_seen
-from .report import best_rate, judge, markdown
+from .report import best_rate, judge, markdown, summary
 from .run_folder import locked
 from .settings import MAY_DIFFER, TrainConfig, fill_in, flag_of, read_config, resume_config
 from .tasks import load_tasks
@@ -208,13 +208,16 @@ def main(argv=None):
     """Compare, or only report; returns the results."""
     args = parse(argv)
     if args.report:
-        results = read_json(Path(args.report) / "results.json")
-        write_reports(results, Path(args.report))
+        out = Path(args.report)
+        results = read_json(out / "results.json")
+        write_reports(results, out)
     else:
         with StopSignals() as stop:
             command = shlex.join(["python", "-m", "tinylora_mtl.compare", *(sys.argv[1:] if argv is None else argv)])
-            results = compare(make_plan(args, command), stop)
-    print(markdown(results))
+            plan = make_plan(args, command)
+            results, out = compare(plan, stop), plan.out
+    print(summary(results))
+    print(f"\nmean differences with their 95 % intervals; all tables are in\n{out / 'table.md'}")
     return results
 
 

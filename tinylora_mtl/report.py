@@ -67,6 +67,16 @@ def markdown(results):
     return "\n\n".join(piece(results, name) for name in ("conditions", "verdicts", "comparisons", "runs")) + "\n"
 
 
+def summary(results):
+    """The verdicts for a terminal of 80 columns."""
+    lines = textwrap.wrap(conditions(results), 80)
+    for claim in results["claims"]:
+        lines += ["", *textwrap.wrap(f"{claim['claim']}. {claim['text']}", 80), f"   {claim['verdict'].upper()}"]
+        lines += [f"   {row['name']:44.44} {difference(row)} {row['unit']}" for row in claim["comparisons"]
+                  if row["decides"]]
+    return "\n".join(lines)
+
+
 def piece(results, name):
     """A piece of a document: one of TABLES, or "2: accuracy: rlora - hydralora", the difference that claim 2 found.
 

@@ -196,7 +196,7 @@ def describe(config, model, tasks, device):
     sizes = [len(task.train) for task in tasks]
     span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     where = device if world() == 1 else f"{device}, in {world()} processes"
-    print(f"{config.method} on {config.model}: {len(tasks)} tasks of {span} training samples\n"
+    print(f"{config.method} on {Path(config.model).name}: {len(tasks)} tasks of {span} training samples\n"
           f"{config.steps} steps at a learning rate of {config.lr:g}, on {where}\n"
           f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
     return {"trainable_parameters": trainable, "total_parameters": total}
