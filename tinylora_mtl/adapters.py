@@ -60,8 +60,8 @@ class AdapterConfig:
 def add_adapters(model, config):
     """Replace the targeted linear layers of a model, in place, by layers with an adapter; freeze all the rest.
 
-    A layer W [d_out, d_in] becomes y = W x + b + branch(x), x [..., d_in] -> y [..., d_out]; the branch of each method,
-    its equation and its paper are in `LoRALinear` (arXiv 2106.09685) and `MultiHeadLoRALinear` (2404.19245, 2502.15455).
+    A layer W [d_out, d_in] becomes y = W x + b + branch(x), x [..., d_in] -> y [..., d_out]; for the branch of each
+    method see `LoRALinear` (arXiv 2106.09685) and `MultiHeadLoRALinear` (2404.19245, 2502.15455, 2508.05078).
     In evaluation mode the outputs do not change until the first training step; in training mode, dropout on R-LoRA's
     random heads shows at once. The adapters are float32 whatever the model's type.
     Returns {layer name: adapter}. Raises ValueError for an unknown method, targets that match no linear layer (the
@@ -154,9 +154,10 @@ def remove_adapters(model):
 def merge_adapters(model):
     """Add each adapter's ΔW [d_out, d_in] to its layer's weight and leave plain layers, in place: W + s · B A.
 
-    For M-LoRA it is W + s · Σ_i B_i A. Source: arXiv 2106.09685, section 4.1, and 2508.05078. Computed in float32 and rounded once to the base's type, so a bfloat16 model merges to within its own rounding.
-    Raises ValueError, before anything is changed, for routed adapters (HydraLoRA, R-LoRA) and for a weight that the
-    model uses in a second place (a head tied to the embedding): that place would change with it.
+    For M-LoRA it is W + s · Σ_i B_i A. Computed in float32 and rounded once to the base's type, so a bfloat16 model
+    merges to within its own rounding. Raises ValueError, before anything is changed, for routed adapters (HydraLoRA,
+    R-LoRA) and for a weight that the model uses in a second place (a head tied to the embedding): that place would
+    change with it. Source: arXiv 2106.09685, section 4.1, and 2508.05078.
     """
     adapters = find_adapters(model)
     places = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
@@ -191,8 +192,8 @@ def replace_module(model, name, module):
 def save_adapter(model, folder):
     """Write the adapters of a model to `folder`, as adapter_config.json and adapter_model.safetensors.
 
-    LoRA adapters (A [r, d_in], B [d_out, r]) are files of PEFT, scaling included (`r`, `lora_alpha`, and `use_rslora` for
-    arXiv 2312.03732). Raises ValueError without adapters, OSError where they cannot be written.
+    LoRA adapters (A [r, d_in], B [d_out, r]) are files of PEFT, scaling included (`r`, `lora_alpha`, and `use_rslora`
+    for arXiv 2312.03732). Raises ValueError without adapters, OSError where they cannot be written.
     """
     adapters = find_adapters(model)
     if not adapters or not hasattr(model, "adapter_config"):
@@ -223,8 +224,9 @@ def save_adapter(model, folder):
 def load_adapter(model, folder):
     """Add the adapters that `save_adapter` wrote (or PEFT, for LoRA, arXiv 2106.09685) to a model, in place.
 
-    Returns {layer name: adapter}; a layer W [d_out, d_in] has one as in `add_adapters`. Raises FileNotFoundError if a file is missing, and ValueError, before the model is
-    changed, for anything that is not an adapter of this model: see `read_adapter`. No file that is loaded can run code.
+    Returns {layer name: adapter}; a layer W [d_out, d_in] has one as in `add_adapters`. Raises FileNotFoundError if a
+    file is missing, and ValueError, before the model is changed, for anything that is not an adapter of this model: see
+    `read_adapter`. No file that is loaded can run code.
     """
     if find_adapters(model):
         raise ValueError("the model already has adapters; remove_adapters(model) takes them out")

@@ -74,8 +74,8 @@ def kl_all_pairs(mean, variance):
 
     mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
         Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
-    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled inside. First the
-    mean over the tasks is taken from μ: only differences count, and large numbers would lose their digits.
+    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled
+    inside. First the mean over the tasks is taken from μ: only differences count, and large numbers would lose their digits.
     """
     count = len(mean)
     mean = mean - mean.mean(0)  # differences are all that counts; small numbers lose fewer digits
@@ -92,8 +92,8 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
         D = mean_{a≠b} k(z_a, z_b) + mean_{a≠b} k(z'_a, z'_b) - 2 mean_{a,b} k(z_a, z'_b)
         k(z, z') = Σ_σ exp(-‖z - z'‖² / 2σ)
     Of a task with more than MMD_TOKENS tokens a random subset of that size is used, the same in all layers. Tasks with
-    fewer than two tokens are left out, and groups may hold several layers, as in `kl_alignment`. Raises nothing. Source:
-    arXiv 2508.05078; the estimator without its diagonal is Gretton et al., JMLR 2012, lemma 6.
+    fewer than two tokens are left out, and groups may hold several layers, as in `kl_alignment`. Raises nothing.
+    Source: arXiv 2508.05078; the estimator without its diagonal is Gretton et al., JMLR 2012, lemma 6.
     """
     kept = [_subset(group.float()) for group in groups if len(group) > 1]
     if len(kept) < 2:

@@ -34,8 +34,8 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
 
     `adapted_to` does stage 1, `gradients` and `support_loss` the rest of the work.
 
-    Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a batch
-    without labels, and the adapter is θ again then too. Every parameter is as it was, no `.grad` is touched, and
+    Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a
+    batch without labels, and the adapter is θ again then too. Every parameter is as it was, no `.grad` is touched, and
     stage 1 draws its random numbers (dropout) aside, so the random state is as if there had been only stage 2. Tasks
     come one after another and no step is differentiated through, so memory does not grow with n or k.
     Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.

@@ -90,7 +90,7 @@ def checkpoint_layers(model):
 
 
 def compile_model(model, batch):
-    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line that says why.
+    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line says why.
 
     torch compiles when the model is first called, so it is tried here on a batch, forward and backward.
     """

@@ -161,7 +161,7 @@ def source(name):
 
 
 def filled(text):
-    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew, from FILE.json or the source."""
+    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew, from a file or source."""
     def fill(found):
         if found[2] == "source":
             return f"{found[1]}\n```python\n{source(found[3])}\n```\n<!-- end -->"
