@@ -62,7 +62,7 @@ def test_no_solution_is_anywhere_in_the_handout(handout):
                          if path.suffix in (".py", ".md", ".toml"))
         for line in lines[first - 1:last]:
             code = line.split("#")[0].strip()
-            if len(code) > 24 and code != "parameters = adapter_parameters(model)":
+            if len(code) > 24 and not code.startswith(("for ", "parameters = ")):
                 assert code not in rest, f"{tag}: {code}"
     assert not list(handout.rglob("__pycache__")) and not (handout / "walkthrough.md").exists()
     assert {path.name for path in handout.iterdir()} == {"README.md", "LICENSE", "pyproject.toml", "tests", "tinylora_mtl"}

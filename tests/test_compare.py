@@ -400,10 +400,10 @@ def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
 def test_the_peak_counts_what_was_allocated_since_the_reset():
-    torch.ones(2 ** 24).sum()  # 64 MiB, gone before the count begins
+    torch.ones(2 ** 25).sum()  # 128 MiB, gone before the count begins
     before = cost.reset_peak()
-    torch.ones(2 ** 23).sum()  # 32 MiB, gone when it ends
-    assert 31 * 2 ** 20 < cost.peak_memory() - before < 40 * 2 ** 20
+    torch.ones(2 ** 24).sum()  # 64 MiB, gone when it ends; less may be taken from what the process holds already
+    assert 62 * 2 ** 20 < cost.peak_memory() - before < 80 * 2 ** 20
 
 
 @pytest.mark.slow

@@ -127,6 +127,7 @@ def assert_same_run(one, other):
     logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
     assert len(logs[0]) == len(logs[1])
     for ours, theirs in zip(*(map(json.loads, log) for log in logs)):
+        assert ours.pop("head_cosine", []) == pytest.approx(theirs.pop("head_cosine", []), rel=1e-3, abs=1e-4)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 

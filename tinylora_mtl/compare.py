@@ -98,12 +98,18 @@ def do(plan, run, lr, stop):
 
 
 def base_accuracies(plan, run, config):
-    """What the base model scores on a run's tasks, measured once for all runs on the same samples."""
-    file = plan.out / f"base-{run.group.where}-{config.split}.json"
-    if not file.is_file():
-        model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
-        write_json(file, accuracies(model, tokenizer, load_tasks(config.tasks), config.split,
-                                    pick_length(model, config.max_length), config.score))
+    """What the base model scores on a run's tasks, measured once for all runs on the same samples.
+
+    BlockingIOError while another process measures it.
+    """
+    folder = plan.out / "base" / f"{run.group.where}-{config.split}"
+    file = folder / "accuracies.json"
+    make_folder(folder)
+    with locked(folder):
+        if not file.is_file():
+            model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
+            write_json(file, accuracies(model, tokenizer, load_tasks(config.tasks), config.split,
+                                        pick_length(model, config.max_length), config.score))
     return read_json(file)
 
 
