@@ -191,19 +191,14 @@ def real_tokens(features, batch):
 
     The tokens are found on the CPU, where the batch is; a mask on the device would make it tell their number first.
     """
-    real = batch["attention_mask"].flatten().nonzero()[:, 0]
-    return pick(real, {name: z.flatten(0, 1) for name, z in features.items()})
+    real = batch["attention_mask"].flatten().nonzero()[:, 0]  # [n], of batch · length
+    real = send(real, next(iter(features.values())).device)
+    return {name: z.flatten(0, 1).index_select(0, real) for name, z in features.items()}
 
 
 def owners(batch):
     """The task id of every real token of a batch, [n] on the CPU, in the order of `real_tokens`."""
     return batch["task_ids"][:, None].expand_as(batch["attention_mask"])[batch["attention_mask"].bool()]
-
-
-def pick(indices, features):
-    """The rows `indices` [m], given on the CPU, of {layer: z [n, r]} -> {layer: z [m, r]}."""
-    sent = send(indices, next(iter(features.values())).device)
-    return {name: z.index_select(0, sent) for name, z in features.items()}
 
 
 def alignment_loss(features, batch, kind="kl"):

@@ -24,8 +24,8 @@ LIMITS = {  # smallest and largest; beyond the largest a slip of the finger woul
     "rank": (1, MOST_RANK), "heads": (1, MOST_HEADS), "batch_size": (1, 2 ** 20), "inner_steps": (0, 10 ** 9),
     "skip_bad_steps": (0, 10 ** 9), "seed": (-2 ** 63, 2 ** 63 - 1)}
 OTHERWISE = (1, 10 ** 9)  # for the other whole numbers
-MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")  # in a resumed run:
-# where, how fast and how safely it goes on
+# In a resumed run: where, how fast and how safely it goes on.
+MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")
 
 
 def option(default, text, **extra):
