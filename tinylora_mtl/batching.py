@@ -153,7 +153,11 @@ def forward(model, input_ids, attention_mask, keep, **more):
     """
     takes = inspect.signature(bare(model).forward).parameters
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
-    options = {"position_ids": positions[:, -input_ids.shape[1]:], "logits_to_keep": keep}
+    new = input_ids.shape[1]
+    # As indices, not as a number: the model then takes a copy of these columns, not a view across the rows, for which
+    # the output head would be multiplied (and in bfloat16 copied) once for every row of the batch.
+    columns = torch.arange(max(0, new - keep), new, device=input_ids.device)
+    options = {"position_ids": positions[:, -new:], "logits_to_keep": columns}
     options = {name: value for name, value in options.items() if name in takes}
     return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
 

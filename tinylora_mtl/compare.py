@@ -194,7 +194,7 @@ def parse(argv=None):
     shown = TrainConfig.__dataclass_fields__
     parser.add_argument("--preset", choices=PRESETS, default="full", help="quick: a few minutes; full: hours")
     parser.add_argument("--claims", type=whole(1, 8), nargs="+", metavar="N", help="which of the claims 1 to 8")
-    parser.add_argument("--seeds", type=whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 8)")
+    parser.add_argument("--seeds", type=whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 6)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
     parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 6: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")
