@@ -1,10 +1,11 @@
 """Scoring: greedy answers, exact match, and the command."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import command, make_llama
 
 from tinylora_mtl import evaluate, train
 from tinylora_mtl.batching import encode_target
@@ -107,6 +108,13 @@ def test_a_model_without_keys_and_values_cannot_choose():
     model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match="no keys and values to go on from; use --score generate"):
         choose_answers(model, tokenizer, [("x Answer:", "Yes")], ("No", "Yes"))
+
+
+def test_scoring_prints_no_warnings_of_the_libraries(tmp_path):
+    """With both kinds of scoring, in a process of its own: such warnings come once."""
+    for score in ("choose", "generate"):
+        done = command("--tasks", "navigate", "--score", score, module="evaluate", cwd=tmp_path)
+        assert done.returncode == 0 and not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
 
 
 def test_the_chosen_label_is_the_likeliest_whole_answer():

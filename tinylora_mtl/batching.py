@@ -142,14 +142,14 @@ def label_logits(model, batch):
     k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
     device = next(model.parameters()).device
     ids, mask, labels = (send(batch[key], device) for key in ("input_ids", "attention_mask", "labels"))
-    logits = forward(model, ids, mask, k + 1, use_cache=False).logits
+    logits = forward(model, ids, mask, k + 1).logits
     return logits[:, -k - 1:-1], labels[:, -k:]  # the logits at a position predict the next token
 
 
-def forward(model, input_ids, attention_mask, keep, **more):
+def forward(model, input_ids, attention_mask, keep, use_cache=False, cache=None):
     """The model's output for ids [batch, new], with logits for the last `keep` columns only, where it can do that.
 
-    attention_mask [batch, length] covers the tokens in a cache too, if there is one: length >= new.
+    attention_mask [batch, length] covers the tokens in the cache too, if there is one: length >= new.
     """
     takes = inspect.signature(bare(model).forward).parameters
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
@@ -159,7 +159,9 @@ def forward(model, input_ids, attention_mask, keep, **more):
     columns = torch.arange(max(0, new - keep), new, device=input_ids.device)
     options = {"position_ids": positions[:, -new:], "logits_to_keep": columns}
     options = {name: value for name, value in options.items() if name in takes}
-    return model(input_ids=input_ids, attention_mask=attention_mask, **options, **more)
+    if cache is not None:
+        options["cache" if "cache" in takes else "past_key_values"] = cache  # its newer and its older name
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **options)
 
 
 def bare(model):

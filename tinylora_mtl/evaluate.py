@@ -86,12 +86,13 @@ def log_likelihoods(model, batch, options):
     logits = read.logits[:, -1:].repeat_interleave(count, 0)  # [prompts · options, 1, vocabulary]: the first token's
     if longest > 1:
         try:
-            read.past_key_values.batch_repeat_interleave(count)
+            cache = read.cache if "cache" in read else read.past_key_values  # its newer and its older name
+            cache.batch_repeat_interleave(count)
         except AttributeError as error:  # a recurrent model keeps a state instead
             raise ValueError("this model has no keys and values to go on from; use --score generate") from error
         new = ids[:, :-1].repeat(len(mask), 1)  # [prompts · options, longest - 1]
         mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(new)], 1)
-        rest = forward(model, new, mask, longest - 1, past_key_values=read.past_key_values, use_cache=True).logits
+        rest = forward(model, new, mask, longest - 1, use_cache=True, cache=cache).logits
         logits = torch.cat([logits, rest], 1)  # [prompts · options, longest, vocabulary]
     chosen = logits.float().log_softmax(-1).gather(-1, ids.repeat(len(batch["input_ids"]), 1)[..., None])[..., 0]
     counted = torch.tensor([[i < len(option) for i in range(longest)] for option in options], device=mask.device)
