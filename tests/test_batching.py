@@ -106,7 +106,7 @@ def test_support_and_query_are_disjoint_and_drawn_anew():
     batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0)
     supports = []
     for _ in range(30):
-        episodes = batches.episodes(tasks=2, support=5, query=7)
+        episodes = batches.episodes(count=2, support=5, query=7)
         assert len(episodes) == 2
         owners = [support["task_ids"].tolist() for support, _ in episodes]
         assert owners[0] != owners[1] and all(len(set(owner)) == 1 for owner in owners)

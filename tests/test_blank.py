@@ -260,7 +260,7 @@ def outer(at_shared=False, on_support=False, total=False, last=False, early=Fals
                 if early:
                     for parameter, value in zip(parameters.values(), shared):
                         parameter.data.copy_(value)
-                gradients = meta.gradients(loss, parameters)
+                gradients = meta.gradients_of(loss, parameters)
                 adapted = [parameter.detach().clone() for parameter in parameters.values()]
             for (name, g), gradient in zip(result.items(), gradients):
                 result[name] = gradient if last else g + gradient / (1 if total else len(episodes))

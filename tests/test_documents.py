@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import tinylora_mtl
+from tinylora_mtl import compare
+from tinylora_mtl.plan import make_plan
 from tinylora_mtl.report import filled
 
 ROOT = Path(tinylora_mtl.__file__).parents[1]
@@ -44,21 +46,39 @@ def same(printed, shown, varies=False):
     return words[0] == words[1] and (varies or numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.021))
 
 
-def run_block(language, body, names):
-    """Run a block as a reader would; returns what it prints (a command's bar and warnings aside)."""
+def run_block(language, body, names, more=None):
+    """Run a block as a reader would; returns what it prints (a command's bar and warnings aside).
+
+    more: {module: flags to add to its commands}, which make a run shorter whose output is not shown.
+    """
     if language == "python":
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(body, "<document>", "exec"), names)
         return printed.getvalue()
     printed = ""
-    for line in body.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        assert words[:3:2] == ["python", words[2]] and words[1] == "-m", line
-        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for module, flags in commands(body):
+        done = run_command(module, [*flags, *(more or {}).get(module, [])])
+        assert done.returncode == 0, f"{module} {flags}\n{done.stderr}"
         printed += done.stdout
     return printed
+
+
+def commands(body):
+    """[(module, flags)] of the commands of the package in a block; what stands before "-m" is how they are started."""
+    found = []
+    for line in body.replace("\\\n", " ").splitlines():
+        start, _, rest = line.rpartition(" -m tinylora_mtl.")
+        assert re.search(r"\bpython$|^torchrun\b", start), line
+        module, *flags = shlex.split(rest, comments=True)
+        found.append((module, flags))
+    return found
+
+
+def run_command(module, flags, **variables):
+    """A command as a reader gives it, run to its end."""
+    return subprocess.run([sys.executable, "-m", f"tinylora_mtl.{module}", *flags], capture_output=True, text=True,
+                          timeout=900, env=os.environ | variables)
 
 
 def test_what_is_the_same():
@@ -118,6 +138,43 @@ def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
         elif not mark.startswith("source: "):
             printed = run_block(language, body, names)
     assert checked >= 10
+
+
+@pytest.mark.slow
+def test_the_readme_runs_from_start_to_end(tmp_path, monkeypatch):
+    """In a copy of the source, with the reader's own model and tasks beside it.
+
+    Runs whose output is not shown take two steps, and bench measures its shortest row. What needs the Hub is run up to
+    where it says that there is none, and of a comparison that takes hours the list of its runs is made.
+    """
+    desk = tmp_path / "a copy"
+    shutil.copytree(Path(tinylora_mtl.__file__).parent, desk / "tinylora_mtl",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    make_desk(desk)
+    for name in "abcd":
+        shutil.copytree(desk / "path" / "to" / "a" / "task", desk / name)
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    more = {"train": ["--steps", "2"], "bench": ["--rows", "13", "--repeats", "1"]}
+    names, printed, seen = {"__name__": "readme"}, "", []
+    for mark, language, body in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+        seen.append(mark or language)
+        if mark == "the main job":  # .ci/run runs it as it stands
+            printed = run_block("bash", body, names, more)
+            shutil.copytree(desk / "runs" / "align-mini-seed0", desk / "path" / "to" / "a" / "run")
+        elif language == "text":
+            assert same(printed, body, varies=True), f"printed:\n{printed}\nshown:\n{body}"
+        elif mark == "needs the Hugging Face Hub":
+            for module, flags in commands(body):
+                done = run_command(module, flags, HF_HUB_OFFLINE="1")
+                assert done.returncode == 2 and "on the Hugging Face Hub (" in done.stderr.splitlines()[-1], done.stderr
+        elif mark == "takes hours":
+            for module, flags in commands(body):
+                plan = make_plan(compare.parse(flags))
+                assert module == "compare" and len(plan.runs()) >= 20
+        elif mark != "the tests":
+            printed = run_block(language, body, names, None if "--resume" in body else more)
+    assert {"the main job", "the tests", "text", "bash", "python", "takes hours"} <= set(seen)
 
 
 def rewrite(path):

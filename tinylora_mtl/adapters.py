@@ -25,7 +25,8 @@ from .files import read_description, read_json, write_file, write_json
 from .lora import LoRALinear, is_linear, linear_shape
 from .multihead import MultiHeadLoRALinear
 
-# What sets the methods apart (`multihead.py` has the table); "dropout" says which of the two dropouts a method has.
+# What sets the methods apart (`multihead.py` has the table). "dropout" is the default rate, of the masks on z = A x with
+# "random_init", else of those on x.
 METHODS = {
     "lora": {"multihead": False, "rank_stabilized": False, "dropout": 0.0},
     "hydralora": {"multihead": True, "rank_stabilized": False, "dropout": 0.0},
@@ -94,9 +95,9 @@ def make_adapter(base, config):
     stabilized = method["rank_stabilized"] if config.rank_stabilized is None else config.rank_stabilized
     if not method["multihead"]:
         return LoRALinear(base, config.rank, config.alpha, dropout, stabilized)
-    random_init = method.get("random_init", False)
-    on_x, on_z = (0.0, dropout) if random_init else (dropout, 0.0)
-    random_init = random_init if config.random_init is None else config.random_init
+    masks_z = method.get("random_init", False)
+    on_x, on_z = (0.0, dropout) if masks_z else (dropout, 0.0)
+    random_init = masks_z if config.random_init is None else config.random_init
     return MultiHeadLoRALinear(base, config.rank, config.alpha, config.heads, on_x, on_z, random_init,
                                routed=method.get("routed", True), rank_stabilized=stabilized)
 
@@ -142,8 +143,8 @@ def adapter_parameters(model):
 def remove_adapters(model):
     """Put the base layers back, in place. The base was never changed, so the model is what it was, bit for bit.
 
-    Each W [d_out, d_in] is the very tensor that it was: the start of R-LoRA's heads is not taken from it, as it is in
-    arXiv 2502.15455. Of a model without adapters nothing is changed. Raises nothing.
+    Each W [d_out, d_in] is the very tensor that it was: the start of R-LoRA's heads is not subtracted from it, as it is
+    in arXiv 2502.15455. Of a model without adapters nothing is changed. Raises nothing.
     """
     for name, adapter in find_adapters(model).items():
         replace_module(model, name, adapter.base)

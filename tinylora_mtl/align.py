@@ -36,7 +36,7 @@ def kl_alignment(groups):
     kept = [group for group in groups if len(group) > 1]
     if len(kept) < 2:
         return _zero(groups)
-    layers = kept[0][0, ..., 0].numel()  # L, or 1
+    layers = kept[0][0, ..., 0].numel()  # [n_t, L, r] -> L, [n_t, r] -> 1
     mean, variance = moments(torch.cat(kept).flatten(1).float(), [len(group) for group in kept])  # [T, L·r]
     return kl_all_pairs(mean, variance + VARIANCE_FLOOR) / layers / (len(kept) * (len(kept) - 1) / 2)
 
@@ -62,7 +62,7 @@ def symmetric_kl(mean, variance, other_mean, other_variance):
 
     All four [r] -> a scalar. Per feature, with means μ and μ' and variances v and v',
         KL(t‖t') = ½ [ log(v'/v) + (v + (μ - μ')²) / v' - 1 ]
-    and in the sum of both ways the logarithms cancel.
+    and in the sum of both ways the logarithms cancel: D = ¼ [ v/v' + v'/v - 2 + (μ - μ')² (1/v + 1/v') ].
     """
     ratio = variance / other_variance + other_variance / variance - 2  # [r]
     shift = (mean - other_mean).square() * (1 / variance + 1 / other_variance)  # [r]
@@ -75,11 +75,11 @@ def kl_all_pairs(mean, variance):
     mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
         Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
     which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled
-    inside. First the mean over the tasks is taken from μ: only differences count, and large numbers would lose their digits.
+    inside. Only differences of the μ count; taken as they are, large ones would lose their digits.
     """
     count = len(mean)
-    mean = mean - mean.mean(0)  # differences are all that counts; small numbers lose fewer digits
-    m1, m2 = mean.sum(0), mean.square().sum(0)  # [r]
+    mean = mean - mean.mean(0)
+    m1, m2 = mean.sum(0), mean.square().sum(0)  # [r]; m1 is 0 now, but for rounding, and kept as in the equation
     spread = variance.sum(0) * (1 / variance).sum(0) - count ** 2  # [r]
     shift = ((m2 - 2 * mean * m1 + count * mean.square()) / variance).sum(0)  # [r]
     return (spread + shift).sum() / 4
@@ -105,7 +105,7 @@ def mmd_alignment(groups, bandwidths=MMD_BANDWIDTHS):
     for layer in z.view(len(z), -1, z.shape[-1]).unbind(1):  # [n, r]
         squared = (layer[a] - layer[b]).square().sum(-1) if lacks_pdist(layer) else torch.pdist(layer).square()
         total = total + weights @ GaussianKernels.apply(squared, bandwidths)  # squared [pairs]
-    return total / z[0, ..., 0].numel()
+    return total / z[0, ..., 0].numel()  # the mean of the L layers
 
 
 def mmd_weights(sizes, a, b):
@@ -118,8 +118,8 @@ def mmd_weights(sizes, a, b):
     task = send(torch.arange(len(sizes)).repeat_interleave(count), a.device)  # [n]
     count = send(count, a.device)
     within, between = 2 / len(sizes) * 2 / (count * (count - 1)), 4 / (len(sizes) * (len(sizes) - 1))
-    a, b = task[a], task[b]
-    return torch.where(a == b, within[a], -between / (count[a] * count[b]))
+    of_a, of_b = task[a], task[b]
+    return torch.where(of_a == of_b, within[of_a], -between / (count[of_a] * count[of_b]))
 
 
 class GaussianKernels(torch.autograd.Function):

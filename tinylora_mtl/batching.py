@@ -83,9 +83,9 @@ class BalancedBatches:
     repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of
     a task, not of the whole. A batch has batch_size // (number of tasks) samples each.
 
-    Samples of like length meet in the pieces of a batch (`split_batch`), never in a batch: batches of short samples
-    and batches of long ones pull the adapter to and fro. On the embedded tasks that cost LoRA 1.5 points (9 seeds,
-    95 % interval 0.4 to 2.7).
+    Length plays no part in the draw; samples of like length meet only in the pieces of a batch (`split_batch`). Batches
+    of short samples and batches of long ones would pull the adapter to and fro: on the embedded tasks that cost LoRA
+    1.5 points (9 seeds, 95 % interval 0.4 to 2.7).
     """
 
     def __init__(self, tasks, tokenizer, max_length, seed):
@@ -109,7 +109,8 @@ class BalancedBatches:
         while len(indices) < count:
             if not self.waiting[task_id]:
                 shuffled = self.rng.sample(range(len(self.rows[task_id])), len(self.rows[task_id]))
-                self.waiting[task_id] = sorted(shuffled, key=lambda index: index not in indices)  # drawn already: last
+                # `pop` takes from the end: those drawn already come first in the list, and so are taken last
+                self.waiting[task_id] = sorted(shuffled, key=lambda index: index not in indices)
             indices.append(self.waiting[task_id].pop())
         return indices
 
@@ -120,10 +121,10 @@ class BalancedBatches:
         rows = [self.rows[task_id][index] for task_id, index in drawn]
         return collate(rows, [task_id for task_id, _ in drawn], self.pad_id)
 
-    def episodes(self, tasks, support, query):
-        """MeTA-LoRA's round: for each of `tasks` sampled tasks a support and a query batch without a common sample."""
+    def episodes(self, count, support, query):
+        """MeTA-LoRA's round: for each of `count` sampled tasks a support and a query batch without a common sample."""
         result = []
-        for task_id in self.rng.sample(range(len(self.rows)), tasks):
+        for task_id in self.rng.sample(range(len(self.rows)), count):
             rows = self.rng.sample(self.rows[task_id], support + query)
             result.append(tuple(collate(part, [task_id] * len(part), self.pad_id)
                                 for part in (rows[:support], rows[support:])))
@@ -131,18 +132,18 @@ class BalancedBatches:
 
 
 def label_logits(model, batch):
-    """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first that has a label on.
+    """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first one with a label.
 
     Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would
     be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
     """
-    labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()
+    labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()  # [columns, 1]
     if len(labelled) == 0:
         raise ValueError("no label is left in the batch: every target was cut away or masked")
-    k = batch["labels"].shape[1] - max(int(labelled[0]), 1)
+    k = batch["labels"].shape[1] - max(int(labelled[0]), 1)  # nothing predicts column 0
     device = next(model.parameters()).device
     ids, mask, labels = (send(batch[key], device) for key in ("input_ids", "attention_mask", "labels"))
-    logits = forward(model, ids, mask, k + 1).logits
+    logits = forward(model, ids, mask, k + 1).logits  # [batch, k + 1, vocabulary]
     return logits[:, -k - 1:-1], labels[:, -k:]  # the logits at a position predict the next token
 
 

@@ -38,9 +38,9 @@ class LoRALinear(nn.Module):
         self.scaling = lora_scaling(alpha, rank, rank_stabilized)
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
         self.base = base.requires_grad_(False)
-        float32 = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Linear(d_in, rank, **float32)  # starts as Kaiming-uniform(a = sqrt 5): U(-1/√d_in, 1/√d_in)
-        self.lora_B = nn.Linear(rank, d_out, **float32)
+        options = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(d_in, rank, **options)  # starts as Kaiming-uniform(a = sqrt 5): U(-1/√d_in, 1/√d_in)
+        self.lora_B = nn.Linear(rank, d_out, **options)
         nn.init.zeros_(self.lora_B.weight)  # so that the adapted layer starts as the base layer, exactly
         self.dropout = nn.Dropout(dropout)
 

@@ -6,7 +6,8 @@ set S_i and a query set Q_i are drawn, disjoint, from its few training samples, 
     stage 1:  θ_i ← θ;   k times:  θ_i ← θ_i - α ∇ L(S_i; θ_i)
     stage 2:  g ← mean_i ∇ L(Q_i; θ_i)      taken at θ_i, applied to θ (first order);     θ ← Optimiser_β(θ, g)
 
-θ is the shared LoRA {A, B}. With k = 0 this is ordinary multi-task training.
+θ is the shared LoRA {A, B}; α (`inner_lr`) and β (`lr`) are learning rates. With k = 0 this is ordinary multi-task
+training.
 
 Sources: MeTA-LoRA, arXiv 2510.11598; the first-order form is MAML's, arXiv 1703.03400, section 5.2. The sizes (k, α, β,
 n, |S|, |Q|) are not known from the sources: the defaults in `settings.py` are this project's choice.
@@ -32,7 +33,7 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
             as detached tensors (the first two are the same if k = 0); the middle one costs a forward pass, so it is for
             steps that are logged.
 
-    `adapted_to` does stage 1, `gradients` and `support_loss` the rest of the work.
+    `adapted_to` does stage 1, `gradients_of` and `support_loss` the rest of the work.
 
     Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a
     batch without labels, and the adapter is θ again then too. Every parameter is as it was, no `.grad` is touched, and
@@ -46,7 +47,7 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         with adapted_to(model, support, inner_lr, inner_steps) as before:
             after = support_loss(model, support) if losses is not None else None
             loss = label_loss(model, query)  # a forward pass at θ_i
-            for g, gradient in zip(total.values(), gradients(loss, parameters)):
+            for g, gradient in zip(total.values(), gradients_of(loss, parameters)):
                 g += gradient / len(episodes)  # g ← mean_i ∇ L(Q_i; θ_i)
         if losses is not None:
             losses.append((before if before is not None else after, after, loss.detach()))
@@ -67,7 +68,7 @@ def adapted_to(model, support, inner_lr, inner_steps):
             for _ in range(inner_steps):
                 loss = label_loss(model, support)
                 before = loss.detach() if before is None else before
-                inner_step(parameters.values(), gradients(loss, parameters), inner_lr)
+                inner_step(parameters.values(), gradients_of(loss, parameters), inner_lr)
         yield before
     finally:
         with torch.no_grad():
@@ -82,7 +83,7 @@ def inner_step(parameters, gradients, inner_lr):
         parameter -= inner_lr * gradient
 
 
-def gradients(loss, parameters):
+def gradients_of(loss, parameters):
     """∇ loss for {name: parameter}, in that order; zeros for a parameter that the loss does not reach."""
     return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
 

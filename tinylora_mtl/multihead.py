@@ -2,7 +2,8 @@ r"""Several heads on one A: HydraLoRA, R-LoRA and M-LoRA.
 
 Changes from LoRA: A is shared by N heads B_1 … B_N, and a router weighs the heads for every token.
 
-    y = W x + b + s · Σ_i w_i(x) · B_i z_i           z = A x,  w = softmax(W_r x)
+    y = W x + b + s · Σ_i w_i(x) · B_i z_i           w = softmax(W_r x)
+    z_i = A drop_i(x) (HydraLoRA) or drop_i(A x) (R-LoRA, M-LoRA); without dropout all are z = A x
 
 | method    | weights w | dropout                                    | start of A and B_i          | s           |
 |-----------|-----------|--------------------------------------------|-----------------------------|-------------|
@@ -66,16 +67,17 @@ class MultiHeadLoRALinear(nn.Module):
                 nn.init.zeros_(self.router.weight)  # w = 1/N at first; any other router would let Σ w_i B_i drift off 0
 
     def forward(self, x):
-        """x [..., d_in] -> y [..., d_out], in the type that the base layer returns."""
+        """y = W x + b + s · Σ_i w_i(x) · B_i z_i; x [..., d_in] -> y [..., d_out], in the type of the base layer."""
         y = self.base(x)  # [..., d_out]
         count = len(self.heads)  # N
-        with branch_precision(x) as fast_x:
+        with branch_precision(x) as branch_x:
             if self.training and self.dropout.p > 0:
-                z = torch.stack([self.lora_A(self.dropout(fast_x)) for _ in range(count)], dim=-2)  # [..., N, r]
+                z = torch.stack([self.lora_A(self.dropout(branch_x)) for _ in range(count)], dim=-2)  # [..., N, r]
             else:
-                z = self.lora_A(fast_x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
+                z = self.lora_A(branch_x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
         z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
-        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # float32 [..., N]
+        # The router is outside of the blocks, so that it computes in float32.
+        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # [..., N]
         with branch_precision(x):
             return y + combine_heads(self.scaling * z, weights, self.heads).to(y.dtype)
 
@@ -102,7 +104,7 @@ def combine_heads(z, weights, heads):
 def random_start(A, heads, gamma):
     """[ex4] R-LoRA's random start, in place: A [r, d_in] and heads [N, d_out, r] (arXiv 2502.15455, table 1).
 
-        A ~ d_out^¼ / √γ · N(0, 1/d_in)        B_i ~ d_out^¼ / √γ · N(0, 1/d_out)        (variances)
+        A ~ d_out^¼ / √γ · 𝒩(0, 1/d_in)        B_i ~ d_out^¼ / √γ · 𝒩(0, 1/d_out)        (variances)
 
     The paper then subtracts s · mean_i(B_i) A from the frozen W, so that training starts at the base model. Here the
     mean is subtracted from the heads instead: since Σ w_i = 1 that is the same function at step 0, W stays untouched,

@@ -73,7 +73,8 @@ class TrainConfig:
     dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
                                 "precision on a GPU that has it, else float32", choices=["auto", *DTYPES])
     gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass instead of keeping what "
-                                                 "it computed: less memory, half more time, the same result")
+                                                 "it computed: less memory, about half as much time again, the "
+                                                 "same result")
     compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=["test", "validation"])

@@ -2,7 +2,8 @@
 
 Without any flag: Align-LoRA on the embedded model and its eight tasks, on a CPU, without a network, in about a
 minute. The same command with --method lora, hydralora, rlora, mlora or meta trains the other methods.
-Read `main` first, then `train`: that is all there is. A run that was stopped goes on with --resume FOLDER.
+Read `train` between its two rulers, then `multitask_step` or `meta_step`; the rest is preparation, measuring and
+keeping. A run that was stopped goes on with --resume FOLDER.
 """
 
 import json
@@ -114,7 +115,7 @@ def train(model, batches, tasks, config, folder, progress, stop):
         called = compile_model(model, collate([rows[0] for rows in batches.rows], [0] * len(tasks), batches.pad_id))
     if config.method != "meta":  # which averages its gradients itself
         called = data_parallel(called)
-    stop.wait, stopping = True, 0
+    stop.wait, stopping = True, 0  # from here on a signal is only noted, and ends the run after a step
     bar = tqdm(range(progress["step"] + 1, config.steps + 1), desc=config.method, ncols=80,
                initial=progress["step"], total=config.steps, disable=rank() > 0)
     with open_metrics(folder, progress["metrics_bytes"]) as metrics, bar:
@@ -128,9 +129,8 @@ def train(model, batches, tasks, config, folder, progress, stop):
                 batch = batches.balanced(config.batch_size)
                 numbers, task_ids = multitask_step(called, batch, config), batch["task_ids"]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-            lr = schedule.get_last_lr()[0]  # 0 in the first step: the warm-up starts there
-            # The one look at a number on the device, which waits for all before it: no step must be taken to NaN. (A
-            # step that is logged looks at its numbers too.)
+            lr = schedule.get_last_lr()[0]  # 0 in the first step, if there is a warm-up
+            # No step must be taken to NaN. `bool` waits for the device: the one time in a step (but for the log).
             finite = bool(torch.isfinite(norm + numbers["loss"]))
             if finite:
                 optimizer.step()
@@ -205,7 +205,7 @@ def describe(config, model, tasks, device):
 def multitask_step(model, batch, config):
     """Gradients of one step for every method but MeTA-LoRA, left in `.grad`; returns the numbers to log.
 
-        L = L_task (+ λ · L_align)
+        L = L_task (+ λ · L_align)          in the log: `loss` is L_task, `alignment` is L_align without λ
     Computed in `accumulation` pieces. The pieces' losses are divided by the labels of the whole batch, and the
     alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces. In the
     same way for several processes, each of which is given the whole batch and computes its share.
@@ -214,14 +214,14 @@ def multitask_step(model, batch, config):
         with same_random_numbers(torch.device("cpu")):
             batch = batch | {"task_ids": batch["task_ids"][torch.randperm(len(batch["task_ids"]))]}
     pieces = split_batch(share(batch), config.accumulation)
-    labels = (batch["labels"] != NO_LABEL).sum()
+    label_count = (batch["labels"] != NO_LABEL).sum()
     numbers = {"loss": 0.0}
     if config.method == "align" and len(pieces) > 1:
         numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, config.align)
     for i, piece in enumerate(pieces):
         with nullcontext() if i == len(pieces) - 1 else keep_to_itself(model):  # the last one exchanges the sum of all
             with collect_features(model) if config.method == "align" else nullcontext() as features:
-                loss = label_loss(model, piece, labels)
+                loss = label_loss(model, piece, label_count)
             numbers["loss"] += loss.detach()
             if config.method == "align":
                 if len(pieces) == 1:
@@ -249,8 +249,8 @@ def meta_step(model, batches, config, log):
     if log:
         means = torch.tensor(losses).mean(0)  # [n, 3] -> 3 means over the tasks
         average_over_processes([means])
-        before, after, query = means
-        numbers = {"loss": query, "support_loss_before": before, "support_loss_after": after}
+        before, after, query_loss = means
+        numbers = {"loss": query_loss, "support_loss_before": before, "support_loss_after": after}
     return numbers, task_ids
 
 
