@@ -220,4 +220,7 @@ def test_adding_twice_and_saving_nothing_are_refused(llama, tmp_path):
         add_adapters(llama, config_for("dora"))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         add_adapters(llama, config_for("lora", rank=0))
+    llama.model.layers[0].self_attn.q_proj = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="rank 300 is too large for a layer of 16 x 24"):  # but not for the first
+        add_adapters(llama, config_for("lora", rank=300, targets=("q_proj", "gate_proj")))
     assert all(parameter.requires_grad for parameter in llama.parameters())  # a refusal freezes nothing

@@ -174,16 +174,16 @@ def test_settings_of_the_runs(tmp_path):
         assert "object_counting" not in config.tasks  # held out of --tasks
         assert config.steps == 3 and config.batch_size == 6
     one = configs["meta-tasks-8-seed1"]
-    assert (one.support, one.query, one.tasks_per_round, one.samples) == (4, 4, 1, 8)
+    assert (one.support, one.query, one.tasks_per_round, one.samples) == (3, 3, 2, 8)
     assert configs["meta-languages-8-seed0"].tasks == load_names("mini-multilingual")
     assert configs["align_shuffled-tasks-all-seed0"].shuffle_groups
     assert configs["align_kl-tasks-all-seed0"].align == "kl" and not configs["align_kl-tasks-all-seed0"].shuffle_groups
     assert len({(c.rank, c.samples) for name, c in configs.items() if "-all-" in name and "meta" not in name
                 and ("align" in name or "lora_matched" in name)}) == 1
     big = make_plan(compare.parse(["--claims", "7", "--device", "cpu"]))
-    for size, sizes in {10: (5, 5, 6), 20: (10, 10, 6), 50: (16, 16, 4), 500: (16, 16, 4)}.items():
+    for size in (10, 20, 50, 500):  # every round has all tasks, and queries as a batch of the others
         config = big.config(Run(Group("meta", samples=size), 0), 1e-3)
-        assert (config.support, config.query, config.tasks_per_round) == sizes
+        assert (config.support, config.query, config.tasks_per_round) == (5, 5, 6)
         assert config.samples == big.config(Run(Group("lora_matched", samples=size), 0), 1e-3).samples
 
 
@@ -383,8 +383,18 @@ def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypa
     aligned = Run(Group("align_kl"), 0)
     row = compare.do(plan, aligned, 1e-3, None)
     assert row["moved"] == row["distance"] - row["distance_start"] and row["distance_start"] > 0
-    monkeypatch.setattr(compare, "open_finished", None)
-    assert compare.do(plan, aligned, 1e-3, None) == row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "open_finished", None)
+        assert compare.do(plan, aligned, 1e-3, None) == row
+    plan.held_out = ["web_of_lies"]
+    assert list(compare.do(plan, aligned, 1e-3, None)["unseen_tasks"]) == ["web_of_lies"]
+
+
+def test_the_base_is_measured_anew_for_other_tasks(tmp_path, few):
+    run = Run(Group("lora"), 0)
+    for names in (["word_sorting", "dyck_languages"], ["navigate"]):
+        plan = tiny_plan(tmp_path, "--claims", 2, "--tasks", *names)
+        assert list(compare.base_accuracies(plan, run, plan.config(run, 1e-3))) == names
 
 
 # -------------------------------------------------------------------------------------------------------- the costs
@@ -423,7 +433,7 @@ def test_costs_are_measured_in_processes_of_their_own(tmp_path, few):
 def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
     pytest.importorskip("matplotlib")
     compare.compare(tiny_plan(tmp_path, "--claims", 1, 7))
-    for name in ("verdicts", "budgets", "cosines"):
+    for name in ("verdicts", "controls", "budgets", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
     assert "no pictures" not in capsys.readouterr().err
@@ -439,8 +449,11 @@ def test_without_matplotlib_there_is_a_message_and_all_the_rest(tmp_path, monkey
 @pytest.mark.parametrize("flags, message", [
     (["--claims", "9"], "must be from 1 to 8"), (["--seeds", "1"], "must be from 2 to 21"),
     (["--claims", "6"], "claim 6 needs --held-out"), (["--held-out", "x", "--claims", "6"], "unknown task 'x'"),
+    (["--languages", "x"], "unknown task 'x'"), (["--score", "choose"], "'word_sorting' has no closed set of labels"),
+    (["--batch-size", "2"], "--batch-size 2 cannot hold 3 tasks"),
+    (["--claims", "6", "--tasks", "navigate", "--held-out", "web_of_lies"], "align needs at least two tasks"),
     (["--samples", "100", "200"], "the smallest at most 50"), (["--steps", "0"], "--steps must be at least 1")])
-def test_what_does_not_go_together_is_one_line(tmp_path, capsys, flags, message):
+def test_what_cannot_work_is_one_line_before_any_run(tmp_path, capsys, flags, message):
     with pytest.raises((ValueError, SystemExit)) as error:
         tiny_plan(tmp_path, *flags)
     assert message in str(error.value) + capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Long runs: memory does not grow with the number of steps."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -39,14 +40,28 @@ LEAST = TINY | dict(steps=5000, tasks=("multistep_arithmetic", "boolean_expressi
                     samples=2, checkpoint_every=500)
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """{method: (its run, the file of its errors)}, all begun at once: each keeps one core busy."""
+    started, folder = {}, tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        errors = folder / f"{method}.txt"
+        started[method] = subprocess.Popen(
+            [sys.executable, "-c", WATCHED, *flags_of(**LEAST, method=method, out=folder / method)], text=True,
+            stdout=subprocess.PIPE, stderr=errors.open("w"), env=os.environ | {"OMP_NUM_THREADS": "1"}), errors
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_does_not_grow_over_5000_steps(tmp_path, method):
-    process = subprocess.run([sys.executable, "-c", WATCHED, *flags_of(**LEAST, method=method, out=tmp_path / "run")],
-                             capture_output=True, text=True, timeout=580)
-    assert process.returncode == 0, process.stderr[-2000:]
-    resident = {int(step): size for step, size in json.loads(process.stdout.splitlines()[-1]).items()}
+def test_memory_does_not_grow_over_5000_steps(processes, method):
+    process, errors = processes[method]
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, errors.read_text()[-2000:]
+    resident = {int(step): size for step, size in json.loads(output.splitlines()[-1]).items()}
     print(method, {step: f"{size / 2 ** 20:.0f} MiB" for step, size in resident.items()})
     assert list(resident) == list(range(500, 5001, 500))
     assert abs(resident[5000] / resident[500] - 1) < 0.05

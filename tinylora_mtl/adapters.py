@@ -74,10 +74,14 @@ def add_adapters(model, config):
         raise ValueError("the model already has adapters; remove_adapters(model) takes them out")
     names = target_names(model, config.targets)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    adapters = {name: make_adapter(model.get_submodule(name), config) for name in names}
+    try:
+        adapters = {name: make_adapter(model.get_submodule(name), config) for name in names}
+    except ValueError:
+        unfreeze(model, trainable)
+        raise
     model.requires_grad_(False)
     for name, adapter in adapters.items():
-        replace_module(model, name, adapter.train(adapter.base.training))
+        model.set_submodule(name, adapter.train(adapter.base.training))
     model.adapter_config, model.trainable_before_adapters = config, trainable
     return adapters
 
@@ -147,7 +151,7 @@ def remove_adapters(model):
     in arXiv 2502.15455. Of a model without adapters nothing is changed. Raises nothing.
     """
     for name, adapter in find_adapters(model).items():
-        replace_module(model, name, adapter.base)
+        model.set_submodule(name, adapter.base)
     _forget_adapters(model)
 
 
@@ -173,20 +177,19 @@ def merge_adapters(model):
         weight, delta = adapter.base.weight, adapter.delta()
         delta = delta if isinstance(adapter.base, torch.nn.Linear) else delta.T  # Conv1D stores [d_in, d_out]
         weight.copy_(weight.float() + delta)
-        replace_module(model, name, adapter.base)
+        model.set_submodule(name, adapter.base)
     _forget_adapters(model)
 
 
 def _forget_adapters(model):
-    for name in model.__dict__.pop("trainable_before_adapters", []):
-        model.get_parameter(name).requires_grad_(True)
+    unfreeze(model, model.__dict__.pop("trainable_before_adapters", []))
     model.__dict__.pop("adapter_config", None)
 
 
-def replace_module(model, name, module):
-    """model.<name> = module, for a dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def unfreeze(model, names):
+    """Have these parameters train again."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -232,7 +232,7 @@ def group_by_task(z, owner):
     return z.index_select(0, send(owner.argsort(stable=True), z.device)).split(sizes)
 
 
-def alignment_gradients(model, pieces, kind="kl"):
+def alignment_gradients(model, pieces, kind):
     """The alignment loss of a batch that is computed in pieces, and its gradient with respect to each piece's features.
 
     A first pass, without a graph, collects the features of all pieces, because the statistics are the whole batch's.

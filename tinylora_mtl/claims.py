@@ -120,8 +120,7 @@ def declare(sizes):
         Claim(1, "Heads that start at zero stay near-copies (HydraLoRA); R-LoRA's do not.",
               (Comparison(hydra, rlora, "cosine"), Comparison(hydra, NEAR_COPIES, "cosine"),
                Comparison(rlora, NEAR_COPIES, "cosine", claimed=-1))),
-        Claim(2, "R-LoRA is better than HydraLoRA, and that better than LoRA; multi-head dropout and the random start "
-                 "each help, and both together most.",
+        Claim(2, "R-LoRA is better than HydraLoRA, and that better than LoRA.",  # beside it the ablation of R-LoRA
               (Comparison(rlora, hydra), Comparison(hydra, lora),
                *[Comparison(left, right, decides=False) for left, right in (
                    (dropout, neither), (start, neither), (rlora, neither), (rlora, dropout), (rlora, start))])),

@@ -27,7 +27,7 @@ from .files import make_folder, read_json, write_file, write_json
 from .heads import back_to_start, collect, open_finished, task_distances
 from .models import load_model, pick_length
 from .multihead import head_cosines, mean_of_pairs
-from .pictures import draw_results, say_missing
+from .pictures import draw_budgets, draw_cosines, draw_verdicts, say_missing
 from .plan import PRESETS, SEARCH_SEED, SHARED, SIZES, Run, make_plan, samples_seen
 from .report import best_rate, judge, markdown, summary
 from .run_folder import locked
@@ -104,13 +104,17 @@ def base_accuracies(plan, run, config):
     """
     folder = plan.out / "base" / f"{run.group.where}-{config.split}"
     file = folder / "accuracies.json"
+    settings = {name: getattr(config, name) for name in ("model", "dtype", "tasks", "score", "max_length")}
     make_folder(folder)
     with locked(folder):
-        if not file.is_file():
+        found = read_json(file) if file.is_file() else {}
+        if found.get("settings") != settings:
             model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
-            write_json(file, accuracies(model, tokenizer, load_tasks(config.tasks), config.split,
-                                        pick_length(model, config.max_length), config.score))
-    return read_json(file)
+            found = {"settings": settings, "accuracies": accuracies(
+                model, tokenizer, load_tasks(config.tasks), config.split, pick_length(model, config.max_length),
+                config.score)}
+            write_json(file, found)
+    return found["accuracies"]
 
 
 def do_cost(plan, run, folder):
@@ -143,6 +147,8 @@ def measure(plan, folder, wanted):
     """What the comparisons need of a finished run beyond its results, kept in measures.json: nothing is done twice."""
     wanted, file = wanted & {"cosine", "distance", "moved", "unseen"}, folder / "measures.json"
     found = read_json(file) if file.is_file() else {}
+    if list(found.get("unseen_tasks", plan.held_out)) != plan.held_out:
+        found = {}  # they were others
     if wanted <= set(found):
         return found
     config, tasks, model, tokenizer = open_finished(folder, plan.base.device)
@@ -182,7 +188,8 @@ def write_reports(results, out):
             write_json(out / "results.json", results)
             write_file(out / "table.md", markdown(results).encode())
             if not say_missing():
-                draw_results(results, out)
+                for draw in (draw_verdicts, draw_budgets, draw_cosines):
+                    draw(results, out)
     except BlockingIOError:
         pass  # another process that worked through the same list is writing the same
 

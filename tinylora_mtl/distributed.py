@@ -90,14 +90,6 @@ def average_over_processes(tensors):
         vector_to_parameters(sum_over_processes(parameters_to_vector(tensors)) / world(), tensors)
 
 
-def largest(number):
-    """The largest of the processes' whole numbers."""
-    number = torch.tensor(number)
-    if world() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
 def gather(value):
     """What every process passes in, a list by rank: small things, such as scores."""
     values = [value]

@@ -8,7 +8,6 @@ trained on are best asked with solved examples before each prompt: --tasks bbh -
 
 import math
 import re
-import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Context, Decimal
@@ -167,7 +166,7 @@ def is_right(answer, target):
     return normalize(answer) == normalize(target)
 
 
-def task_answers(model, tokenizer, task, split="test", max_length=512, score="generate"):
+def task_answers(model, tokenizer, task, split, max_length, score):
     """The model's answers to a split of a task, a list of str."""
     samples = getattr(task, split)
     if score == "generate":
@@ -265,14 +264,11 @@ def main(argv=None):
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
     args = parser.parse_args(argv)
 
-    run = read_config(args.run) if args.run else TrainConfig()
+    run = read_config(args.run, finished=not args.adapter) if args.run else TrainConfig()
     split, score = args.split or run.split, args.score or run.score
     max_length = run.max_length if args.max_length is None else args.max_length
     if (max_length is not None and max_length < 1) or args.show < 0 or args.shots < 0:
         raise ValueError("--max-length must be at least 1, --show and --shots at least 0")
-    if args.run and not args.adapter and not (args.run / "adapter").is_dir():
-        raise ValueError(f"the run in {args.run} is not finished, so it has no adapter; python -m tinylora_mtl.train "
-                         f"--resume {shlex.quote(str(args.run))} goes on with it")
     tasks = load_tasks(args.tasks or run.tasks)
     require_samples(tasks, split)
     check_labels(tasks, score)

@@ -6,7 +6,6 @@ task. All on the real tokens of validation samples. Numbers go to heads.json in 
 installed, pictures beside it.
 """
 
-import shlex
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .batching import collate, encode, label_logits
 from .cli import Parser, run_command
 from .evaluate import like_lengths
 from .files import write_json
-from .models import load_model, pick_length
+from .models import load_model
 from .multihead import cosines, head_cosines, mean_of_pairs
 from .pictures import draw_heads, say_missing
 from .settings import adapter_config, read_config
@@ -28,10 +27,7 @@ SAMPLES = 50  # validation samples of each task whose features are looked at
 
 def open_finished(folder, device="auto"):
     """(config, tasks, model with the trained adapter, tokenizer) of a run folder; ValueError if it is not finished."""
-    config = read_config(folder)
-    if not (Path(folder) / "adapter").is_dir():
-        raise ValueError(f"the run in {folder} is not finished, so it has no adapter; python -m tinylora_mtl.train "
-                         f"--resume {shlex.quote(str(folder))} goes on with it")
+    config = read_config(folder, finished=True)
     tasks = load_tasks(config.tasks)
     require_samples(tasks, "validation")
     model, tokenizer, _ = load_model(config.model, device, config.dtype)
@@ -48,14 +44,14 @@ def back_to_start(model, config):
 
 
 @torch.no_grad()
-def collect(model, tokenizer, tasks, max_length=None, part="lora_A", split="validation"):
+def collect(model, tokenizer, tasks, max_length, part="lora_A"):
     """{layer: for each task, a list of [length, width] for each of its first SAMPLES samples}, in float32 on the CPU.
 
     part: "lora_A" for the features A x, "router" for the router's scores; at the real tokens, prompt and target.
     """
-    max_length, found = pick_length(model, max_length), {}
+    found = {}
     for task in tasks:
-        samples, kept = getattr(task, split)[:SAMPLES], {}
+        samples, kept = task.validation[:SAMPLES], {}
         for chosen in like_lengths(samples, 32):
             rows = [encode(tokenizer, samples[i], max_length) for i in chosen]
             batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id)

@@ -95,22 +95,13 @@ def dart(row):
     return f"Describe the facts in one sentence.\nFacts: {triples}\nSentence:", one_line(row["annotations"]["text"][0])
 
 
-def metamath_qa(row):
-    """The final answer only: what can be scored by exact match, and fits on one line.
-
-    The set has many wordings of one original question, so the validation split taken from it is an easy one."""
-    _, found, answer = row["response"].rpartition("The answer is:")
-    return math_problem(row["query"], answer) if found and answer.strip() else None
-
-
-def gsm8k(row):
-    _, found, answer = row["answer"].rpartition("####")
-    return math_problem(row["question"], answer) if found and answer.strip() else None
-
-
-def math_problem(question, answer):
-    instruction = "Solve the problem. Reply with the final answer only."
-    return f"{instruction}\nProblem: {question.strip()}\nAnswer:", one_line(answer)
+def math_problem(question, solution, mark):
+    """A template with the final answer only, after the last `mark`: it can be scored, and fits on one line."""
+    def template(row):
+        _, found, answer = row[solution].rpartition(mark)
+        prompt = f"Solve the problem. Reply with the final answer only.\nProblem: {row[question].strip()}\nAnswer:"
+        return (prompt, one_line(answer)) if found and answer.strip() else None
+    return template
 
 
 def natural_questions(row):
@@ -174,9 +165,12 @@ HUB_TASKS = {
     "cosmos_qa": HubTask("allenai/cosmos_qa", cosmos_qa, VALIDATED, options=CONVERTED),
     "common_gen": HubTask("allenai/common_gen", common_gen, VALIDATED),
     "dart": HubTask("Yale-LILY/dart", dart, TESTED, options=CONVERTED),
-    "metamath_qa": HubTask("meta-math/MetaMathQA", metamath_qa, {"train": "train"}),
+    # It has many wordings of one original question, so the validation split taken from it is an easy one.
+    "metamath_qa": HubTask("meta-math/MetaMathQA", math_problem("query", "response", "The answer is:"),
+                           {"train": "train"}),
     "natural_questions": HubTask("google-research-datasets/nq_open", natural_questions, VALIDATED, "nq_open"),
-    "gsm8k": HubTask("openai/gsm8k", gsm8k, {"train": "train", "test": "test"}, "main"),
+    "gsm8k": HubTask("openai/gsm8k", math_problem("question", "answer", "####"), {"train": "train", "test": "test"},
+                     "main"),
 } | {f"bbh_{name}": HubTask("SaylorTwift/bbh", big_bench_hard, {"test": "test"}, name) for name in BBH}
 
 

@@ -44,25 +44,23 @@ def save(figure, folder, name):
 
 
 # ------------------------------------------------------------------------------------------------------- of compare
-def draw_results(results, folder):
-    """All pictures that there are numbers for in results.json; returns their paths."""
-    written = draw_verdicts(results, folder)
-    for draw in (draw_budgets, draw_cosines):
-        written += draw(results, folder)
-    return written
-
-
 def draw_verdicts(results, folder):
-    """Every difference in accuracy with its interval, a row each, by claim."""
-    rows = [(claim["claim"], row) for claim in results["claims"] for row in claim["comparisons"]
-            if row["unit"] == "points"]
-    if not rows:
-        return []
+    """verdicts: the differences in accuracy that decide the claims, with their intervals; controls: the others."""
+    paths = []
+    for name, decides in (("verdicts", True), ("controls", False)):
+        rows = [(claim["claim"], row) for claim in results["claims"] for row in claim["comparisons"]
+                if row["unit"] == "points" and row["decides"] == decides]
+        paths += draw_differences(rows, folder, name) if rows else []
+    return paths
+
+
+def draw_differences(rows, folder, name):
+    """A line for each of (claim's number, comparison): the mean difference and its interval."""
     figure, axes = new_figure(1.2 + 0.27 * len(rows))
     for y, (_, row) in enumerate(rows):
         colour, mark = VERDICTS[row["verdict"]]
-        axes.plot(row["interval"], [y, y], color=colour, linewidth=2.2 if row["decides"] else 1.1)
-        axes.plot(row["mean"], y, mark, color=colour, markersize=6, fillstyle="full" if row["decides"] else "none")
+        axes.plot(row["interval"], [y, y], color=colour, linewidth=2)
+        axes.plot(row["mean"], y, mark, color=colour, markersize=6)
         if row["margin"]:
             axes.plot(-row["claimed"] * row["margin"], y, "|", color=BLACK, markersize=9)
     axes.axvline(0, color=BLACK, linewidth=0.8)
@@ -70,11 +68,11 @@ def draw_verdicts(results, folder):
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("difference in accuracy (points)\nmean and 95 % interval over seeds")
-    for name, (colour, mark) in VERDICTS.items():
-        axes.plot([], [], mark, color=colour, label=name)
+    for meaning, (colour, mark) in VERDICTS.items():
+        axes.plot([], [], mark, color=colour, label=meaning)
     axes.plot([], [], "|", color=BLACK, label="margin of “keeps up”")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return save(figure, folder, "verdicts")
+    return save(figure, folder, name)
 
 
 def draw_budgets(results, folder):

@@ -8,8 +8,8 @@ import torch
 from .adapters import adapter_parameters, add_adapters, remove_adapters
 from .claims import METHODS, Group, declare, few_of
 from .models import load_model
-from .settings import TrainConfig, adapter_config, check, fill_in
-from .tasks import TASK_SETS, load_tasks
+from .settings import TrainConfig, adapter_config, check, check_sizes, fill_in
+from .tasks import TASK_SETS, check_labels, load_tasks, require_samples
 
 PRESETS = {
     "quick": {"claims": [1, 4, 5], "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
@@ -90,10 +90,9 @@ class Plan:
         """The TrainConfig of a run. A search never sees the test split."""
         group, tasks = run.group, self.places[run.group.where]
         samples, more = group.samples or self.sizes[-1], {}
-        if group.method == "meta":  # a round's outer gradient is taken on as many samples as a step of the others has
-            half = min(16, samples // 2)
-            more = {"support": half, "query": half,
-                    "tasks_per_round": max(1, min(len(tasks), self.base.batch_size // half))}
+        if group.method == "meta":  # a round's query sets are as a batch of the others: all tasks, as many samples each
+            half = max(1, min(samples // 2, self.base.batch_size // len(tasks)))
+            more = {"support": half, "query": half, "tasks_per_round": len(tasks)}
         return fill_in(replace(
             self.base, **self.methods[group.method] | more, tasks=tasks, samples=samples, seed=run.seed, lr=lr,
             split="test" if run.lr is None else "validation", skip_bad_steps=self.base.steps,  # counted, not fatal
@@ -146,7 +145,6 @@ def make_plan(args, command=""):
     tasks = [name for given in args.tasks or preset["tasks"] for name in TASK_SETS.get(given, [given])]
     held_out = args.held_out or (HELD_OUT if mini and not args.tasks else [])
     tasks = [name for name in tasks if name not in held_out]
-    load_tasks([*tasks, *held_out])  # names that are none fail here, not after an hour of runs
     languages = args.languages or (["mini-multilingual"] if mini else [])
     places = {"tasks": tasks, "languages": [name for given in languages for name in TASK_SETS.get(given, [given])]}
     sizes = sorted(set(args.samples or SIZES))
@@ -161,5 +159,18 @@ def make_plan(args, command=""):
             print(f"without claim {number}: it needs {flags}")
     claims = [claim for claim in declare(sizes) if claim.number in numbers and needs.get(claim.number, (True,))[0]]
     name = "" if mini else f"-{Path(args.model).name}"
-    return Plan(base, places, held_out, sizes, args.rates or (preset["rates"] if mini else RATES),
+    plan = Plan(base, places, held_out, sizes, args.rates or (preset["rates"] if mini else RATES),
                 args.seeds or preset["seeds"], claims, Path(args.out or f"runs/compare{name}-{args.preset}"), command)
+    check_runs(plan)
+    return plan
+
+
+def check_runs(plan):
+    """ValueError for what would be found out only after hours of runs."""
+    loaded = {where: load_tasks(names) for where, names in plan.places.items() if names}
+    for run in plan.runs():
+        if run.group.where != "cost" and run.seed in (SEARCH_SEED, 0):
+            check_sizes(plan.config(run, run.lr or plan.rates[0]), loaded[run.group.where])
+    held_out = load_tasks(plan.held_out) if plan.held_out else []
+    require_samples(held_out, "test")
+    check_labels(held_out, plan.base.score)

@@ -4,6 +4,7 @@ A run folder keeps its settings in config.json. `resume_config` reads them back 
 it another run.
 """
 
+import shlex
 from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -189,8 +190,10 @@ def check_sizes(config, tasks):
         raise ValueError("align needs at least two tasks: with one there is nothing to align")
 
 
-def read_config(folder):
-    """The TrainConfig of a run folder. ValueError, naming the file, if there is none or it cannot be one's."""
+def read_config(folder, finished=False):
+    """The TrainConfig of a run folder. ValueError, naming the file, if there is none or it cannot be one's.
+
+    finished: also if the run has not come to its end, and so has no adapter."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.json")
@@ -203,6 +206,9 @@ def read_config(folder):
         check(config)
     except ValueError as error:
         raise ValueError(f"{file} holds no run that could be: {error}") from error
+    if finished and not (Path(folder) / "adapter").is_dir():
+        raise ValueError(f"the run in {folder} is not finished, so it has no adapter; python -m tinylora_mtl.train "
+                         f"--resume {shlex.quote(str(folder))} goes on with it")
     return config
 
 

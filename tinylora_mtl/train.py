@@ -22,7 +22,7 @@ from .align import alignment_gradients, alignment_loss, collect_features, real_t
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
 from .checkpoint import capture, load_checkpoint, open_metrics, restore, save_checkpoint, synced_length
 from .cli import Parser, Stopped, StopSignals, run_command
-from .distributed import (average_over_processes, data_parallel, keep_to_itself, largest, merge, process_group, rank,
+from .distributed import (average_over_processes, data_parallel, gather, keep_to_itself, merge, process_group, rank,
                           same_random_numbers, share, sum_over_processes, world)
 from .evaluate import accuracies, average, average_interval, say_cut, table, task_accuracy
 from .files import read_json, write_json
@@ -149,7 +149,7 @@ def train(model, batches, tasks, config, folder, progress, stop):
             if log or not finite:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
-            stopping = largest(stop.number)  # asked once: a signal that comes after this is for the next step
+            stopping = max(gather(stop.number))  # asked once: a signal that comes after this is for the next step
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 progress["seconds"] = time.perf_counter() - progress["began"]
                 progress["metrics_bytes"] = synced_length(metrics)
