@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from statistics import mean, stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from tinylora_mtl import add_adapters, align, compare, cost, heads, meta, remove
 from tinylora_mtl.claims import (COSTS, METHODS, T_975, UNITS, Group, declare, few_of, joint_verdict,
                                  t_interval, verdict)
 from tinylora_mtl.models import load_model
+from tinylora_mtl.pictures import accuracies_by_size
 from tinylora_mtl.plan import SEARCH_SEED, SIZES, Run, make_plan, match, samples_seen
-from tinylora_mtl.report import best_rate, markdown
+from tinylora_mtl.report import PUBLISHED, best_rate, judge, markdown
 from tinylora_mtl.run_folder import locked
 from tinylora_mtl.settings import TrainConfig, adapter_config, read_config
 from tinylora_mtl.tasks import load_tasks
@@ -429,10 +432,30 @@ def test_costs_are_measured_in_processes_of_their_own(tmp_path, few):
     assert row["mean"] < 0  # a mask on x for every head is far more work than one on A x
 
 
+# ------------------------------------------------------------------------------------------------ published results
+@pytest.mark.parametrize("file", sorted(PUBLISHED.glob("*.json")), ids=lambda file: file.stem)
+def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
+    """All claims as declared now, from the rows of the runs; and every interval from its differences."""
+    results = json.loads(file.read_text())
+    sizes = results["conditions"]["sizes"]
+    plan = SimpleNamespace(claims=declare(sizes), sizes=sizes, seeds=len(results["conditions"]["seeds"]), command="",
+                           conditions=dict)
+    assert judge(plan, results["runs"])["claims"] == results["claims"]
+    for row in (row for claim in results["claims"] for row in claim["comparisons"]):
+        assert len(row["differences"]) == plan.seeds >= 3
+        reach = stdev(row["differences"]) / plan.seeds ** 0.5 * T_975[plan.seeds - 2]
+        assert row["interval"] == pytest.approx([mean(row["differences"]) - reach, mean(row["differences"]) + reach])
+
+
+def test_the_embedded_model_has_published_results():
+    assert (PUBLISHED / "mini.json").is_file()
+
+
 # ------------------------------------------------------------------------------------------- pictures and command
 def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
     pytest.importorskip("matplotlib")
-    compare.compare(tiny_plan(tmp_path, "--claims", 1, 7))
+    results = compare.compare(tiny_plan(tmp_path, "--claims", 1, 7))
+    assert {size: len(seeds) for size, seeds in accuracies_by_size(results, "meta", "tasks").items()} == {8: 2, 12: 2}
     for name in ("verdicts", "controls", "budgets", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()

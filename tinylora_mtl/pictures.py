@@ -85,10 +85,7 @@ def draw_budgets(results, folder):
     for axes, place in zip(panels[0], places):
         for method, label, colour, mark, aside in (  # a little aside, so that no bar hides another
                 ("meta", "MeTA-LoRA", RED, "o", 0.97), ("lora_matched", "LoRA", BLUE, "s", 1.03)):
-            cells = {}
-            for run in results["runs"]:
-                if (run["method"], run["where"]) == (method, place):
-                    cells.setdefault(run["samples"], []).append(100 * run["average_after"])
+            cells = accuracies_by_size(results, method, place)
             sizes = sorted(cells)
             middles, limits = zip(*[t_interval(cells[size]) for size in sizes])
             reach = [middle - low for middle, (low, _) in zip(middles, limits)]
@@ -102,6 +99,15 @@ def draw_budgets(results, folder):
     panels[0][0].set_ylabel("accuracy (%)\nmean and 95 % interval over seeds")
     panels[0][0].legend(frameon=False)
     return save(figure, folder, "budgets")
+
+
+def accuracies_by_size(results, method, place):
+    """{training samples per task: [accuracy in percent of each seed]}; runs of the search are on other samples."""
+    cells = {}
+    for run in results["runs"]:
+        if (run["method"], run["where"], run["search"]) == (method, place, False):
+            cells.setdefault(run["samples"], []).append(100 * run["average_after"])
+    return cells
 
 
 def draw_cosines(results, folder):

@@ -100,7 +100,9 @@ def difference(row):
 def conditions(results):
     """What all runs have in common, in a sentence."""
     shared = results["conditions"]
-    return (f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {shared['batch_size']} samples, model "
+    places = len(shared["tasks"])  # of a batch, for each task the same number
+    samples = shared["batch_size"] // places * places
+    return (f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {samples} samples, model "
             f"{Path(shared['model']).name}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.")
 
 
