@@ -7,7 +7,7 @@ set S_i and a query set Q_i are drawn, disjoint, from its few training samples, 
     stage 2:  g ← mean_i ∇ L(Q_i; θ_i)      taken at θ_i, applied to θ (first order);     θ ← Optimiser_β(θ, g)
 
 θ is the shared LoRA {A, B}; α (`inner_lr`) and β (`lr`) are learning rates. With k = 0 this is ordinary multi-task
-training.
+training, in which each task counts the same, however long its answers are.
 
 Sources: MeTA-LoRA, arXiv 2510.11598; the first-order form is MAML's, arXiv 1703.03400, section 5.2. The sizes (k, α, β,
 n, |S|, |Q|) are not known from the sources: the defaults in `settings.py` are this project's choice.

@@ -138,10 +138,12 @@ def runs(results):
     for (method, where, samples), rows in groups.items():
         first, values = rows[0], [100 * row["average_after"] for row in rows]
         heads = first["heads"] if any(kind in method for kind in ("hydra", "rlora", "mlora")) else "-"
+        skipped = sum(row["skipped_steps"] for row in rows)
+        skipped = f" ({skipped} steps skipped)" if skipped else ""
         edge = "*" if (method, where, first["lr"]) in edges else ""
         lines.append(f"| {method} | {where} | {samples} | {first['samples_seen']:,} | {first['rank']} | {heads} "
                      f"| {first['trainable_parameters']:,} | {first['lr']:g}{edge} | {mean(values):.1f} ± "
-                     f"{stdev(values):.1f} | {mean(row['seconds'] for row in rows):.0f} |")
+                     f"{stdev(values):.1f}{skipped} | {mean(row['seconds'] for row in rows):.0f} |")
     return "\n".join([*lines, "", "Learning rates were chosen for each method on validation samples, with a seed of "
                                   "their own; * marks the smallest or largest of those tried. Parameters are those "
                                   "that train."])

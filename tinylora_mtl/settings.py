@@ -50,9 +50,10 @@ class TrainConfig:
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
     steps: int = option(300, "optimiser steps (rounds, for meta)")
-    batch_size: int = option(64, "samples in a step, the same number of each task")
-    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory; but for "
-                                 "dropout and mmd's random tokens the result is the same")
+    batch_size: int = option(64, "samples in a step, the same number of each task (for meta, --tasks-per-round, "
+                                 "--support and --query say it)")
+    accumulation: int = option(1, "compute a step in this many pieces, one after another, to save memory (not for "
+                                 "meta); but for dropout and mmd's random tokens the result is the same")
     lr: float = option(None, "peak learning rate (default: chosen for each method on mini, 5e-4 on other models)",
                        type=float)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
