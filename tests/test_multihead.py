@@ -28,7 +28,7 @@ def loop_over_heads(layer, x):
 def test_forward_and_gradients_are_those_of_a_loop_over_heads(shape, routed):
     torch.manual_seed(0)
     layer = MultiHeadLoRALinear(nn.Linear(5, 6), **HYDRA, routed=routed)
-    nn.init.normal_(layer.heads)
+    nn.init.normal_(layer.heads, std=0.1)  # outputs of size 1: sin of large ones would blow rounding up
     x = torch.randn(shape, requires_grad=True)
     parameters = [x, layer.heads, layer.lora_A.weight] + ([layer.router.weight] if routed else [])
     torch.testing.assert_close(layer(x), loop_over_heads(layer, x))

@@ -292,8 +292,12 @@ def test_from_python_no_handler_is_touched(tmp_path, monkeypatch, few):
 
 
 def test_ctrl_c_in_any_command_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
     assert issubclass(Stopped, KeyboardInterrupt)  # so that no `except Exception` on the way holds it up
 
