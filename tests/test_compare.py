@@ -447,8 +447,17 @@ def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
         assert row["interval"] == pytest.approx([mean(row["differences"]) - reach, mean(row["differences"]) + reach])
 
 
-def test_the_embedded_model_has_published_results():
-    assert (PUBLISHED / "mini.json").is_file()
+def test_what_the_documents_say_in_words_of_the_embedded_model():
+    results = json.loads((PUBLISHED / "mini.json").read_text())
+    runs = [run for run in results["runs"] if not run["search"]]
+    for curve in (dict(run["cosine_curve"]) for run in runs if run["method"] == "rlora" and "cosine_curve" in run):
+        assert curve[0] == pytest.approx(-0.25, abs=0.005) and curve[30] > 0.5 and max(curve.values()) < 0.6
+    accuracy = {method: mean(run["average_after"] for run in runs if (run["method"], run["where"], run.get("samples"))
+                             == (method, "tasks", 500)) for method in METHODS if method != "meta"}
+    assert max(accuracy, key=accuracy.get) == "align_kl"
+    assert all(accuracy["lora_matched"] > accuracy[heads] for heads in ("hydralora", "rlora", "mlora"))
+    tried = {rate["method"]: rate["tried"] for rate in results["rates"] if rate["where"] == "tasks"}
+    assert tried["mlora"]["0.008"] < 0.5 * tried["mlora"]["0.003"]
 
 
 # ------------------------------------------------------------------------------------------- pictures and command
