@@ -2,10 +2,12 @@
 
 import functools
 import json
+import os
 import statistics
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,29 @@ def test_the_peak_of_a_side_is_measured_in_a_process_of_its_own():
     torch.ones(2 ** 26).sum()  # 256 MiB here are none there
     small, large = (cost.in_a_process(cost.peak_of, allocate, size * 2 ** 20, repeats=2) for size in (32, 96))
     assert 62 < (large - small) / 2 ** 20 < 66 and large < 110 * 2 ** 20
+
+
+def kept_by_the_heap():
+    """How many bytes stay with a process whose peak is measured after a tensor of 10 MiB is freed."""
+    kept = []
+
+    def side():
+        torch.ones(30 * 2 ** 18)  # with it freed, glibc would keep all that is smaller
+        before = resident()
+        torch.ones(10 * 2 ** 18)
+        kept.append(resident() - before)
+    cost.peak_of(lambda: side)
+    return kept[0]
+
+
+def resident():
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
+def test_what_is_freed_is_no_part_of_a_peak():
+    assert cost.in_a_process(kept_by_the_heap) < 2 ** 20
 
 
 def test_what_is_not_installed_is_said(monkeypatch, capsys):

@@ -10,8 +10,8 @@ from conftest import command, make_llama
 from tinylora_mtl import evaluate, train
 from tinylora_mtl.batching import encode_target
 from tinylora_mtl.evaluate import (SLACK, average, average_interval, choose_answers, count_cut, evaluation_mode,
-                                   generate_answers, interval, is_right, log_likelihoods, prompt_batch, table,
-                                   task_accuracy)
+                                   generate_answers, interval, is_right, like_lengths, log_likelihoods, prompt_batch,
+                                   table, task_accuracy)
 from tinylora_mtl.models import load_model
 from tinylora_mtl.tasks import Task, load_tasks, with_shots
 from tinylora_mtl.train import TrainConfig
@@ -55,7 +55,7 @@ def test_nothing_invented_after_the_answer_is_read(written, answer, passes):
     """Writing stops at the first line break, in the middle of what the model would go on to invent."""
     model, tokenizer, _ = load_model("mini", "cpu")
     calls = script(model, tokenizer, written)
-    got = generate_answers(model, tokenizer, [("navigate Answer:", "Yes"), ("x Answer:", "No")])
+    got = generate_answers(model, tokenizer, [("navigate Answer:", "Yes"), ("word Answer:", "No")])
     assert got == [answer] * 2
     assert len(calls) == (passes or 2 + SLACK)  # " Yes" and its end token, and the slack
 
@@ -82,12 +82,14 @@ def test_prompts_give_way_to_the_targets_of_their_own_batch_only():
     prompts = []
     model.model.register_forward_pre_hook(lambda module, args, kwargs: prompts.append(kwargs["input_ids"].shape),
                                           with_kwargs=True)
-    samples = [("word " * 10 + "Answer:", "x"), ("word " * 10 + "Answer:", "x"), ("Answer:", "word " * 12)]
-    whole, target = len(tokenizer(samples[0][0])["input_ids"]), len(encode_target(tokenizer, samples[2][1]))
-    longest = target + SLACK + 10  # ten tokens are left where the long target is
+    long, short = "word " * 10 + "Answer:", "word " * 7 + "Answer:"
+    samples = [(long, "x"), (long, "x"), (short, "word " * 12)]
+    whole, left = (len(tokenizer(prompt)["input_ids"]) for prompt in (long, short))
+    target = len(encode_target(tokenizer, samples[2][1]))
+    longest = target + SLACK + left  # what is left where the long target is
     generate_answers(model, tokenizer, samples, longest, batch_size=2)
     read = [length for _, length in prompts if length > 1]
-    assert read == [10, whole] and whole > 20
+    assert read == [left, whole] and whole > left + 5
     task = Task("t", [], [], samples)
     assert count_cut(tokenizer, [task], "test", longest) == 0
     assert count_cut(tokenizer, [Task("t", [], [], samples[:2])], "test", whole + SLACK) == 2
@@ -185,6 +187,15 @@ def test_answers_are_the_greedy_ones_one_sample_at_a_time():
             written.append(token)
         expected = tokenizer.decode(written).split("\n")[0].strip()
         assert expected and answer.startswith(expected)
+
+
+def test_prompts_of_like_length_are_read_together():
+    """Every one once, at most `batch_size`, and none more than half as long again as another."""
+    lengths = [40, 3, 10, 61, 59, 4, 40, 40, 60, 15, 16]
+    lists = list(like_lengths([("x" * length, "y") for length in lengths], 3))
+    assert sorted(sum(lists, [])) == list(range(len(lengths)))
+    assert [[lengths[i] for i in chosen] for chosen in lists] == [[3, 4], [10, 15], [16], [40, 40, 40], [59, 60, 61]]
+    assert list(like_lengths([], 3)) == []
 
 
 def test_accuracy_counts_every_sample():

@@ -111,9 +111,18 @@ def evaluation_mode(model):
 
 
 def like_lengths(samples, batch_size):
-    """Yield lists of indices of (prompt, target) samples, those of like length together: little padding."""
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
-    yield from (order[start:start + batch_size] for start in range(0, len(order), batch_size))
+    """Yield lists of indices of (prompt, target) samples, those of like length together.
+
+    No prompt is more than half as long again as another of its list: on a CPU, padding costs as much as text.
+    """
+    batch = []
+    for i in sorted(range(len(samples)), key=lambda i: len(samples[i][0])):
+        if batch and (len(batch) == batch_size or len(samples[i][0]) > 1.5 * len(samples[batch[0]][0])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def prompt_batch(tokenizer, prompts, max_length, device):
