@@ -435,11 +435,12 @@ def test_costs_are_measured_in_processes_of_their_own(tmp_path, few):
 # ------------------------------------------------------------------------------------------------ published results
 @pytest.mark.parametrize("file", sorted(PUBLISHED.glob("*.json")), ids=lambda file: file.stem)
 def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
-    """All claims as declared now, from the rows of the runs; and every interval from its differences."""
+    """Its claims as declared now, from the rows of the runs; and every interval from its differences."""
     results = json.loads(file.read_text())
-    sizes = results["conditions"]["sizes"]
-    plan = SimpleNamespace(claims=declare(sizes), sizes=sizes, seeds=len(results["conditions"]["seeds"]), command="",
-                           conditions=dict)
+    sizes, numbers = results["conditions"]["sizes"], [claim["claim"] for claim in results["claims"]]
+    assert numbers == list(range(1, 9)) or file.stem != "mini"
+    plan = SimpleNamespace(claims=[claim for claim in declare(sizes) if claim.number in numbers], sizes=sizes,
+                           seeds=len(results["conditions"]["seeds"]), command="", conditions=dict)
     assert judge(plan, results["runs"])["claims"] == results["claims"]
     for row in (row for claim in results["claims"] for row in claim["comparisons"]):
         assert len(row["differences"]) == plan.seeds >= 3

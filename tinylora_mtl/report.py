@@ -102,8 +102,11 @@ def conditions(results):
     shared = results["conditions"]
     places = len(shared["tasks"])  # of a batch, for each task the same number
     samples = shared["batch_size"] // places * places
-    return (f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {samples} samples, model "
-            f"{Path(shared['model']).name}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.")
+    names = ", ".join(Path(task).stem for task in shared["tasks"])
+    return textwrap.fill(
+        f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {samples} samples, model "
+        f"{Path(shared['model']).name} on {names}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours "
+        "in all.", 120)
 
 
 def verdicts(results):
