@@ -187,9 +187,9 @@ def evaluation_and_loop(place):
 
 def plain_answers(model, tokenizer, samples):
     """The answers as anyone would write it down: `generate` for one sample after another."""
-    room = max(len(encode_target(tokenizer, target)) for _, target in samples) + SLACK
     answers = []
-    for prompt, _ in samples:
+    for prompt, target in samples:
+        room = len(encode_target(tokenizer, target)) + SLACK  # never more than in a batch
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         written = model.generate(**inputs, do_sample=False, max_new_tokens=room, stop_strings=["\n"],
                                  tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id)
