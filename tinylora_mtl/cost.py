@@ -60,7 +60,7 @@ def give_back_at_once():
     Left alone, glibc keeps it for later, and the gaps in it would be counted, more of them the longer a side works: a
     round of MeTA-LoRA with k = n = 8 seemed to take a third more than one with k = n = 1.
     """
-    if hasattr(ctypes.CDLL(None), "mallopt"):
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2 ** 16)
 
 
