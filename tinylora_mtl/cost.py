@@ -55,7 +55,7 @@ def peak_of(make, *arguments, repeats=1):
 
 
 def give_back_at_once():
-    """Have this process give every tensor's memory back when it is freed, where its C library is glibc.
+    """Have this process give a tensor's memory (of 64 KiB or more) back when it is freed, where it runs on glibc.
 
     Left alone, glibc keeps it for later, and the gaps in it would be counted, more of them the longer a side works: a
     round of MeTA-LoRA with k = n = 8 seemed to take a third more than one with k = n = 1.

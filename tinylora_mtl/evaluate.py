@@ -111,18 +111,16 @@ def evaluation_mode(model):
 
 
 def like_lengths(samples, batch_size):
-    """Yield lists of indices of (prompt, target) samples, those of like length together.
+    """Lists of indices of (prompt, target) samples, those of like length together.
 
     No prompt is more than half as long again as another of its list: on a CPU, padding costs as much as text.
     """
-    batch = []
+    lists = []
     for i in sorted(range(len(samples)), key=lambda i: len(samples[i][0])):
-        if batch and (len(batch) == batch_size or len(samples[i][0]) > 1.5 * len(samples[batch[0]][0])):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+        if not lists or len(lists[-1]) == batch_size or len(samples[i][0]) > 1.5 * len(samples[lists[-1][0]][0]):
+            lists.append([])
+        lists[-1].append(i)
+    return lists
 
 
 def prompt_batch(tokenizer, prompts, max_length, device):
