@@ -269,12 +269,30 @@ def test_the_collecting_pass_sees_the_dropout_masks_of_the_training_pass(monkeyp
     assert all(torch.equal(a, b) for a, b in zip(collected, trained))
 
 
-def test_features_without_a_gradient_are_noticed(batch):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_features_without_a_gradient_are_noticed(batch, accumulation):
     model = adapted().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    features = features_of(model, batch)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        alignment_loss(features, batch)
+    model.enable_input_require_grads()  # without which nothing at all would train
+    with pytest.raises(align_module.NoGradientError, match="no gradient"):
+        multitask_step(model, batch, TrainConfig(method="align", accumulation=accumulation, align_weight=0.5))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_mmd_takes_other_tokens_in_every_step(monkeypatch, accumulation):
+    taken = []
+
+    def watch(*arguments, original=torch.randperm, **options):
+        taken.append(original(*arguments, **options))
+        return taken[-1]
+    monkeypatch.setattr(torch, "randperm", watch)
+    model, batch = adapted().train(), make_batch(each=12)
+    torch.manual_seed(0)
+    for _ in range(2):
+        multitask_step(model, batch, TrainConfig(method="align", accumulation=accumulation, align="mmd",
+                                                 align_weight=0.5))
+    first, second = taken[:len(taken) // 2], taken[len(taken) // 2:]
+    assert len(first) == 3 and not any(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_pieces_are_weighed_by_their_labels(batch):

@@ -206,13 +206,20 @@ def alignment_loss(features, batch, kind="kl"):
 
     features: what `collect_features` left, {layer: z [batch, length, r]}; batch: `attention_mask` [batch, length] says
     which tokens are real, `task_ids` [batch] whose they are; kind: a key of ALIGNMENTS -> a scalar.
-    Raises NoGradientError if the features carry no gradient in training (reentrant gradient checkpointing does that):
-    the term would be a number in the log and nothing else.
+    Raises NoGradientError as `require_gradient` does.
+    """
+    require_gradient(features)
+    return alignment_of(real_tokens(features, batch), owners(batch), kind)
+
+
+def require_gradient(features):
+    """NoGradientError if features carry no gradient in training (reentrant gradient checkpointing does that).
+
+    The alignment term would be a number in the log and nothing else.
     """
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise NoGradientError("the features have no gradient, so the alignment term would do nothing; "
                               "use gradient checkpointing with use_reentrant=False")
-    return alignment_of(real_tokens(features, batch), owners(batch), kind)
 
 
 def alignment_of(features, owner, kind):
@@ -237,8 +244,9 @@ def alignment_gradients(model, pieces, kind):
 
     A first pass, without a graph, collects the features of all pieces, because the statistics are the whole batch's.
     Its random numbers are drawn aside (on CPU and CUDA), so the pass that trains sees the same dropout masks.
-    pieces: what `split_batch` made -> (loss, {layer name: [dL/dZ of piece 0, ...]}), at `real_tokens`: [n_piece, r].
+    pieces: what `split_batch` made -> (loss, [for each piece {layer name: dL/dZ [n_piece, r], at its real tokens}]).
     """
+    seed = int(torch.randint(2 ** 62, ()))  # not drawn aside: MMD is to take other tokens in every step
     collected = []
     with random_aside(model):
         for piece in pieces:
@@ -246,7 +254,19 @@ def alignment_gradients(model, pieces, kind):
                 label_logits(model, piece)
             collected.append(real_tokens(features, piece))
         whole = {name: torch.cat([part[name] for part in collected]).requires_grad_() for name in collected[0]}
+        torch.manual_seed(seed)
         loss = alignment_of(whole, torch.cat([owners(piece) for piece in pieces]), kind)
         gradients = torch.autograd.grad(loss, list(whole.values()))
     sizes = [len(owners(piece)) for piece in pieces]
-    return loss.detach(), {name: gradient.split(sizes) for name, gradient in zip(whole, gradients)}
+    by_piece = zip(*(gradient.split(sizes) for gradient in gradients))
+    return loss.detach(), [dict(zip(whole, parts)) for parts in by_piece]
+
+
+def through_features(features, piece, gradients):
+    """Σ Z · dL/dZ over the layers, a scalar: its gradient is that of the alignment L through this piece's features.
+
+    features: what `collect_features` left of the piece; gradients: the piece's of `alignment_gradients`. Raises
+    NoGradientError as `require_gradient` does.
+    """
+    require_gradient(features)
+    return sum((z * gradients[name]).sum() for name, z in real_tokens(features, piece).items())

@@ -1,8 +1,9 @@
 """From the runs of a comparison to its verdicts, and from results.json to Markdown.
 
 python -m tinylora_mtl.report README.md writes the published results (assets/results) into a document: whatever stands
-between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed. And between
-<!-- source: lora.LoRALinear.forward --> and <!-- end --> stand the lines of that function, without its docstring.
+between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed; with
+<!-- mini+smollm2: verdicts --> both files stand side by side. And between <!-- source: lora.LoRALinear.forward --> and
+<!-- end --> stand the lines of that function, without its docstring.
 """
 
 import ast
@@ -109,10 +110,14 @@ def conditions(results):
         "in all.", 120)
 
 
-def verdicts(results):
-    """A row for each claim."""
-    return "\n".join(["| claim | verdict |", "|---|---|", *[
-        f"| {claim['claim']}. {claim['text']} | **{claim['verdict']}** |" for claim in results["claims"]]])
+def verdicts(*compared):
+    """A row for each claim, a column for each of the results; "-" for a claim that one of them did not compare."""
+    texts = {claim["claim"]: claim["text"] for results in compared[::-1] for claim in results["claims"]}
+    columns = [{claim["claim"]: f"**{claim['verdict']}**" for claim in results["claims"]} for results in compared]
+    names = [Path(results["conditions"]["model"]).name for results in compared]
+    return "\n".join([f"| claim | {' | '.join(names)} |", f"|---|{'---|' * len(names)}", *[
+        f"| {number}. {texts[number]} | {' | '.join(column.get(number, '-') for column in columns)} |"
+        for number in sorted(texts)]])
 
 
 def comparisons(results):
@@ -172,9 +177,10 @@ def filled(text):
     def fill(found):
         if found[2] == "source":
             return f"{found[1]}\n```python\n{source(found[3])}\n```\n<!-- end -->"
-        made = piece(read_json(PUBLISHED / f"{found[2]}.json"), found[3])
+        results = [read_json(PUBLISHED / f"{name}.json") for name in found[2].split("+")]
+        made = piece(results[0], found[3]) if len(results) == 1 else TABLES[found[3]](*results)
         return found[1] + (f"\n{made}\n" if found[3] in TABLES else made) + "<!-- end -->"
-    return re.sub(r"(<!-- (\w+): (.+?) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- ([\w+]+): (.+?) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main(argv=None):

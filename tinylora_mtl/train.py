@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .adapters import adapter_parameters, add_adapters, save_adapter
-from .align import alignment_gradients, alignment_loss, collect_features, real_tokens
+from .align import alignment_gradients, alignment_loss, collect_features, through_features
 from .batching import NO_LABEL, BalancedBatches, collate, label_loss, split_batch
 from .checkpoint import capture, load_checkpoint, open_metrics, restore, save_checkpoint, synced_length
 from .cli import Parser, Stopped, StopSignals, run_command
@@ -207,8 +207,9 @@ def multitask_step(model, batch, config):
 
         L = L_task (+ λ · L_align)          in the log: `loss` is L_task, `alignment` is L_align without λ
     Computed in `accumulation` pieces. The pieces' losses are divided by the labels of the whole batch, and the
-    alignment is that of the whole batch, so without dropout the gradient is the same for any number of pieces. In the
-    same way for several processes, each of which is given the whole batch and computes its share.
+    alignment is that of the whole batch, so the gradient is the same for any number of pieces, but for dropout and for
+    the random tokens of MMD. In the same way for several processes, each of which is given the whole batch and computes
+    its share.
     """
     if config.shuffle_groups:  # as many samples in each group as before, but of any task
         with same_random_numbers(torch.device("cpu")):
@@ -217,7 +218,7 @@ def multitask_step(model, batch, config):
     label_count = (batch["labels"] != NO_LABEL).sum()
     numbers = {"loss": 0.0}
     if config.method == "align" and len(pieces) > 1:
-        numbers["alignment"], gradient_pieces = alignment_gradients(model, pieces, config.align)
+        numbers["alignment"], gradients = alignment_gradients(model, pieces, config.align)
     for i, piece in enumerate(pieces):
         with nullcontext() if i == len(pieces) - 1 else keep_to_itself(model):  # the last one exchanges the sum of all
             with collect_features(model) if config.method == "align" else nullcontext() as features:
@@ -227,9 +228,8 @@ def multitask_step(model, batch, config):
                 if len(pieces) == 1:
                     alignment = alignment_loss(features, piece, config.align)
                     numbers["alignment"] = alignment.detach()
-                else:  # Σ Z · dL_align/dZ has the gradient of L_align, through the features of this piece
-                    alignment = sum((z * gradient_pieces[name][i]).sum()
-                                    for name, z in real_tokens(features, piece).items())
+                else:  # not L_align itself, but of the same gradient
+                    alignment = through_features(features, piece, gradients[i])
                 loss = loss + config.align_weight * alignment
             (world() * loss).backward()  # the exchange takes the mean over the processes; this makes it the sum
     numbers["loss"] = sum_over_processes(numbers["loss"])
