@@ -459,6 +459,13 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     assert all(accuracy["lora_matched"] > accuracy[heads] for heads in ("hydralora", "rlora", "mlora"))
     tried = {rate["method"]: rate["tried"] for rate in results["rates"] if rate["where"] == "tasks"}
     assert tried["mlora"]["0.008"] < 0.5 * tried["mlora"]["0.003"]
+    adapting = [(run["where"], run["samples"], 100 * (run["average_after_adapting"] - run["average_after"]))
+                for run in runs if run["method"] == "meta"]
+    assert max(abs(gain) for *_, gain in adapting) < 1.4
+    assert all(gain == 0 for where, samples, gain in adapting if where == "languages" or samples == 10)
+    assert {run["samples"]: run["lr"] for run in runs if run["method"] == "meta" and run["where"] == "tasks"} == {
+        size: 0.003 for size in SIZES}
+    assert {run["lr"] for run in runs if (run["method"], run["where"]) == ("lora_matched", "tasks")} == {0.008}
 
 
 # ------------------------------------------------------------------------------------------- pictures and command

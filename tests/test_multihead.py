@@ -107,6 +107,18 @@ def test_centred_heads_are_the_papers_function_at_the_start():
     torch.testing.assert_close(ours, paper)
 
 
+def test_centred_heads_give_A_no_gradient_at_first_and_the_papers_do():
+    """A's gradient comes through Σ w_i B_i: 0 for centred heads under a uniform router, B̄ in the paper's form."""
+    torch.manual_seed(0)
+    layer = MultiHeadLoRALinear(nn.Linear(5, 6), **HYDRA, random_init=True)
+    x, gradients = torch.randn(7, 5), []
+    for shift in (0.0, torch.randn(6, 3)):  # the paper's: not centred; what it takes off W has no gradient on A
+        with torch.no_grad():
+            layer.heads += shift
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), layer.lora_A.weight)[0].norm())
+    assert gradients[0] < 1e-5 < 1e-1 < gradients[1]
+
+
 def test_multi_head_dropout_has_a_mask_of_its_own_for_every_head_and_every_value():
     torch.manual_seed(0)
     layer = MultiHeadLoRALinear(nn.Linear(5, 12), rank=3, alpha=1, heads=4, head_dropout=0.5, routed=False)

@@ -1,4 +1,5 @@
-"""What the papers claim, as data: the methods, the comparisons and the rules, all written before any run.
+"""What the papers claim, as data: the methods, the comparisons and the rules, all written before any run (but for two
+corrections, of which chapter 7 of the walkthrough tells).
 
 A claim is a sentence and some comparisons. A comparison is a quantity, two groups of runs (a run for each seed) and the
 direction that is claimed. Its verdict comes from the differences between the two runs of each seed, by one rule:
@@ -11,9 +12,10 @@ The margin is 0 for "is better than" and MARGIN points for "keeps up with": ther
 above -MARGIN (a test of non-inferiority). A claim holds if all comparisons that decide it hold, and does not hold as
 soon as one of them does not. The others are shown beside them: controls, ablations, baselines.
 
-Intervals are not corrected for their number (no Holm). "All must hold" needs no correction; "one does not hold" would
-be wrong a little more often than in one case of 40 for each deciding comparison; and whoever reads the many comparisons
-that decide nothing should expect one in twenty of those without any difference to exclude 0.
+Intervals are not corrected for their number (no Holm). "All must hold" needs no correction. But each of the deciding
+comparisons may be wrong in one case of 40, so "one does not hold" may be wrong in up to as many of 40 cases as there
+are comparisons: claim 6 has 16. And whoever reads the many comparisons that decide nothing should expect one in twenty
+of those without any difference to exclude 0.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
 
 Every process has the whole model and draws the same global batches. It computes its own share of the samples of every
 task, and what must be of the whole batch is exchanged: gradients, the features that are aligned, the numbers to log.
-So the training is that of one process, to rounding and but for dropout. A process without torchrun goes through the
-same code, and nothing here does anything.
+So the training is that of one process, to rounding and but for what is drawn at random in a step: dropout, the tokens
+that MMD takes, shuffled groups. A process without torchrun goes through the same code, and nothing here does anything.
 """
 
 import os

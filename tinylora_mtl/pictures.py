@@ -95,7 +95,7 @@ def draw_budgets(results, folder):
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
         axes.set_xlabel("training samples per task")
-        axes.set_title({"tasks": "all tasks", "languages": "languages"}[place], fontsize=10)
+        axes.set_title(place, fontsize=10)
     panels[0][0].set_ylabel("accuracy (%)\nmean and 95 % interval over seeds")
     panels[0][0].legend(frameon=False)
     return save(figure, folder, "budgets")

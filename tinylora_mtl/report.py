@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
-from .claims import UNITS, Group, joint_verdict, t_interval, verdict
+from .claims import UNITS, Group, few_of, joint_verdict, t_interval, verdict
 from .cli import Parser, run_command
 from .files import read_json, write_file
 
@@ -112,7 +112,9 @@ def conditions(results):
 
 def verdicts(*compared):
     """A row for each claim, a column for each of the results; "-" for a claim that one of them did not compare."""
-    texts = {claim["claim"]: claim["text"] for results in compared[::-1] for claim in results["claims"]}
+    texts = {claim["claim"]: claim["text"] for results in compared for claim in results["claims"]}
+    if any(texts[claim["claim"]] != claim["text"] for results in compared for claim in results["claims"]):
+        raise ValueError("the results are on other claims, for example on another number of samples")
     columns = [{claim["claim"]: f"**{claim['verdict']}**" for claim in results["claims"]} for results in compared]
     names = [Path(results["conditions"]["model"]).name for results in compared]
     return "\n".join([f"| claim | {' | '.join(names)} |", f"|---|{'---|' * len(names)}", *[
@@ -153,8 +155,9 @@ def runs(results):
                      f"| {first['trainable_parameters']:,} | {first['lr']:g}{edge} | {mean(values):.1f} ± "
                      f"{stdev(values):.1f}{skipped} | {mean(row['seconds'] for row in rows):.0f} |")
     return "\n".join([*lines, "", "Learning rates were chosen for each method on validation samples, with a seed of "
-                                  "their own; * marks the smallest or largest of those tried. Parameters are those "
-                                  "that train."])
+                                  "their own; * marks the smallest or largest of those tried. Runs with fewer samples "
+                                  "than all, and all runs of meta, have the rate that was found with "
+                                  f"{few_of(results['conditions']['sizes'])} samples. Parameters are those that train."])
 
 
 TABLES = {"conditions": conditions, "verdicts": verdicts, "comparisons": comparisons, "runs": runs}
