@@ -393,11 +393,17 @@ def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypa
     assert list(compare.do(plan, aligned, 1e-3, None)["unseen_tasks"]) == ["web_of_lies"]
 
 
-def test_the_base_is_measured_anew_for_other_tasks(tmp_path, few):
-    run = Run(Group("lora"), 0)
-    for names in (["word_sorting", "dyck_languages"], ["navigate"]):
-        plan = tiny_plan(tmp_path, "--claims", 2, "--tasks", *names)
-        assert list(compare.base_accuracies(plan, run, plan.config(run, 1e-3))) == names
+def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, few):
+    plan, scored = tiny_plan(tmp_path, "--claims", 2, 8), []
+
+    def count(model, tokenizer, tasks, split, *args):
+        scored.append(([task.name for task in tasks], split))
+        return {task.name: 0.0 for task in tasks}
+    monkeypatch.setattr(compare, "accuracies", count)
+    for run in [Run(Group("lora"), 0), Run(Group("lora"), SEARCH_SEED, 1e-3), Run(Group("meta", "languages"), 0)] * 2:
+        compare.base_accuracies(plan, run, plan.config(run, 1e-3))
+    names = plan.places["tasks"]
+    assert scored == [(names, "test"), (names, "validation"), (plan.places["languages"], "test")]
 
 
 # -------------------------------------------------------------------------------------------------------- the costs

@@ -58,10 +58,6 @@ class Place:
 
 
 # --------------------------------------------------------------------------------------------------- the two sides
-def two_steps(place, ours, theirs):
-    return training_step(place.config(**ours)), training_step(place.config(**theirs))
-
-
 def peft_model(place, names, dropout):
     """The base model with PEFT's LoRA in the layers of these names."""
     from peft import LoraConfig, get_peft_model
@@ -232,7 +228,7 @@ def at_most(bound):
 
 def methods(ours, theirs):
     """Two training steps by their settings."""
-    return partial(two_steps, ours=ours, theirs=theirs)
+    return lambda place: (training_step(place.config(**ours)), training_step(place.config(**theirs)))
 
 
 ROWS = [

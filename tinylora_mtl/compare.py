@@ -98,23 +98,13 @@ def do(plan, run, lr, stop):
 
 
 def base_accuracies(plan, run, config):
-    """What the base model scores on a run's tasks, measured once for all runs on the same samples.
-
-    BlockingIOError while another process measures it.
-    """
-    folder = plan.out / "base" / f"{run.group.where}-{config.split}"
-    file = folder / "accuracies.json"
-    settings = {name: getattr(config, name) for name in ("model", "dtype", "tasks", "score", "max_length")}
-    make_folder(folder)
-    with locked(folder):
-        found = read_json(file) if file.is_file() else {}
-        if found.get("settings") != settings:
-            model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
-            found = {"settings": settings, "accuracies": accuracies(
-                model, tokenizer, load_tasks(config.tasks), config.split, pick_length(model, config.max_length),
-                config.score)}
-            write_json(file, found)
-    return found["accuracies"]
+    """What the base model scores on a run's tasks, measured once for all runs on the same samples."""
+    key = run.group.where, config.split
+    if key not in plan.before:
+        model, tokenizer, _ = load_model(config.model, config.device, config.dtype)
+        plan.before[key] = accuracies(model, tokenizer, load_tasks(config.tasks), config.split,
+                                      pick_length(model, config.max_length), config.score)
+    return plan.before[key]
 
 
 def do_cost(plan, run, folder):

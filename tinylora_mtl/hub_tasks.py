@@ -53,18 +53,14 @@ def multiple_choice(question, options, index):
     return f"Choose the correct answer.\n{question}\n{listed}\nAnswer:", LETTERS[index]
 
 
-def piqa(row):
-    return multiple_choice(f"Goal: {row['goal'].strip()}", [row["sol1"], row["sol2"]], row["label"])
+def choices(question, options, label, first=0):
+    """A template: a question with columns in {}, the columns of the options, and that of the right one's number.
 
-
-def social_i_qa(row):
-    question = f"Context: {row['context'].strip()}\nQuestion: {row['question'].strip()}"
-    return multiple_choice(question, [row["answerA"], row["answerB"], row["answerC"]], number(row["label"]) - 1)
-
-
-def winogrande(row):
-    return multiple_choice(f"Fill the blank _ in: {row['sentence'].strip()}", [row["option1"], row["option2"]],
-                           number(row["answer"]) - 1)
+    first: the number of the first option in that column."""
+    def template(row):
+        asked = question.format(**{column: str(value).strip() for column, value in row.items()})
+        return multiple_choice(asked, [row[option] for option in options], number(row[label]) - first)
+    return template
 
 
 def openbookqa(row):
@@ -76,11 +72,6 @@ def science_question(row):
     names, key = list(row["choices"]["label"]), row["answerKey"]
     return multiple_choice(f"Question: {row['question'].strip()}", row["choices"]["text"],
                            names.index(key) if key in names else -1)
-
-
-def cosmos_qa(row):
-    question = f"Context: {row['context'].strip()}\nQuestion: {row['question'].strip()}"
-    return multiple_choice(question, [row[f"answer{i}"] for i in range(4)], row["label"])
 
 
 def common_gen(row):
@@ -114,7 +105,7 @@ def big_bench_hard(row):
 
 
 def number(text):
-    """The number that a label column of texts holds, 0 where it is empty."""
+    """The number in a label column, some of which hold texts; 0 where it is empty."""
     return int(text) if str(text).strip() else 0
 
 
@@ -156,13 +147,17 @@ HUB_TASKS = {
     "boolq": HubTask("google/boolq", classification(
         "Read the passage and answer the question with true or false.",
         {"Passage": "passage", "Question": "question"}, {True: "true", False: "false"}, label="answer"), VALIDATED),
-    "piqa": HubTask("baber/piqa", piqa, VALIDATED),
-    "social_i_qa": HubTask("lighteval/siqa", social_i_qa, VALIDATED),
-    "winogrande": HubTask("allenai/winogrande", winogrande, VALIDATED, "winogrande_xl"),
+    "piqa": HubTask("baber/piqa", choices("Goal: {goal}", ["sol1", "sol2"], "label"), VALIDATED),
+    "social_i_qa": HubTask("lighteval/siqa", choices(
+        "Context: {context}\nQuestion: {question}", ["answerA", "answerB", "answerC"], "label", first=1), VALIDATED),
+    "winogrande": HubTask("allenai/winogrande", choices(
+        "Fill the blank _ in: {sentence}", ["option1", "option2"], "answer", first=1), VALIDATED, "winogrande_xl"),
     "openbookqa": HubTask("allenai/openbookqa", openbookqa, TESTED, "main"),
     "arc_easy": HubTask("allenai/ai2_arc", science_question, TESTED, "ARC-Easy"),
     "arc_challenge": HubTask("allenai/ai2_arc", science_question, TESTED, "ARC-Challenge"),
-    "cosmos_qa": HubTask("allenai/cosmos_qa", cosmos_qa, VALIDATED, options=CONVERTED),
+    "cosmos_qa": HubTask("allenai/cosmos_qa", choices(
+        "Context: {context}\nQuestion: {question}", ["answer0", "answer1", "answer2", "answer3"], "label"), VALIDATED,
+        options=CONVERTED),
     "common_gen": HubTask("allenai/common_gen", common_gen, VALIDATED),
     "dart": HubTask("Yale-LILY/dart", dart, TESTED, options=CONVERTED),
     # It has many wordings of one original question, so the validation split taken from it is an easy one.

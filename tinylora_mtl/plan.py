@@ -65,6 +65,7 @@ class Plan:
                     self.groups.setdefault(side, set()).add(quantity)
         names = {group.method for group in self.groups if group.where != "cost"}
         self.methods, self.parameters = match(names, self.base)
+        self.before = {}  # {(where, split): what the base model scores}, once it is known
 
     def runs(self):
         """The declared list: first the search of the learning rates, then seed by seed what they are for."""

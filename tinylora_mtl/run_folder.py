@@ -89,20 +89,13 @@ def locked(folder):
     except OSError as error:
         raise OSError(f"{folder} cannot be written to: {error.strerror}; it needs a disk that can") from error
     with file:
-        if not take(file):
-            raise BlockingIOError(f"another process is using {folder}; wait until it has ended, or stop it")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError) as error:
+            raise BlockingIOError(f"another process is using {folder}; wait until it has ended, or stop it") from error
+        except OSError:
+            pass  # a network disk without locks: better unguarded than not at all
         yield
-
-
-def take(file):
-    """Take the system's lock on an open file, which lasts until it is closed; False if another process has it."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass  # a network disk without locks: better unguarded than not at all
-    return True
