@@ -474,6 +474,29 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     assert {run["lr"] for run in runs if (run["method"], run["where"]) == ("lora_matched", "tasks")} == {0.008}
 
 
+def test_what_the_documents_say_in_words_of_the_real_model():
+    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    runs = [run for run in results["runs"] if not run["search"] and run["where"] == "tasks"]
+    assert {round(100 * run["average_before"]) for run in runs} == {72}
+    ends = {method: [run["cosine_end"] for run in runs if run["method"] == method and "cosine_end" in run]
+            for method in ("hydralora", "rlora")}
+    ends = {method: mean(mean(layers) for layers in found) for method, found in ends.items()}
+    assert ends["hydralora"] == pytest.approx(0.95, abs=0.01) and abs(ends["rlora"]) < 0.06
+    rows = {(claim["claim"], row["name"]): row for claim in results["claims"] for row in claim["comparisons"]}
+    assert rows[5, "accuracy: lora_matched - rlora"]["interval"][1] < 0  # R-LoRA is ahead of it
+    for number, name in ((2, "hydralora - lora"), (2, "rlora - rlora_neither"), (4, "mlora - rlora"),
+                         (6, "align_kl - lora_matched"), (6, "align_mmd - lora_matched"),
+                         (6, "align_kl - align_shuffled")):
+        assert rows[number, f"accuracy: {name}"]["verdict"] == "cannot tell"
+    assert [name for (number, name), row in rows.items() if number == 6 and row["decides"]
+            and row["verdict"] == "does not hold"] == ["accuracy: align_mmd - rlora"]
+    assert rows[6, "unseen: align_mmd - lora_matched"]["verdict"] == "holds"
+    assert rows[6, "unseen: align_kl - lora_matched"]["verdict"] == "cannot tell"
+    low = rows[7, "accuracy: meta, 50 samples - lora_matched"]["interval"][0]
+    assert -2.1 < low < -2
+    assert {run["lr"] for run in runs if run["method"] == "rlora"} == {0.003}
+
+
 # ------------------------------------------------------------------------------------------- pictures and command
 def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
     pytest.importorskip("matplotlib")
