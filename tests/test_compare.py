@@ -492,6 +492,7 @@ def test_what_the_documents_say_in_words_of_the_real_model():
             and row["verdict"] == "does not hold"] == ["accuracy: align_mmd - rlora"]
     assert rows[6, "unseen: align_mmd - lora_matched"]["verdict"] == "holds"
     assert rows[6, "unseen: align_kl - lora_matched"]["verdict"] == "cannot tell"
+    assert all(rows[6, f"accuracy: align_{kind} - lora_matched"]["interval"][1] < 1 for kind in ("kl", "mmd"))
     low = rows[7, "accuracy: meta, 50 samples - lora_matched"]["interval"][0]
     assert -2.1 < low < -2
     assert {run["lr"] for run in runs if run["method"] == "rlora"} == {0.003}
