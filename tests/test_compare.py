@@ -389,8 +389,15 @@ def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "open_finished", None)
         assert compare.do(plan, aligned, 1e-3, None) == row
-    plan.held_out = ["web_of_lies"]
-    assert list(compare.do(plan, aligned, 1e-3, None)["unseen_tasks"]) == ["web_of_lies"]
+    own = tmp_path / "of my own"
+    own.mkdir()
+    (own / "test.jsonl").write_text('{"prompt": "1 + 1? Answer:", "target": "2"}\n')
+    plan.held_out = [str(own)]
+    row = compare.do(plan, aligned, 1e-3, None)
+    assert list(row["unseen_tasks"]) == ["of my own"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "open_finished", None)
+        assert compare.do(plan, aligned, 1e-3, None) == row
 
 
 def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, few):

@@ -137,15 +137,16 @@ def measure(plan, folder, wanted):
     """What the comparisons need of a finished run beyond its results, kept in measures.json: nothing is done twice."""
     wanted, file = wanted & {"cosine", "distance", "moved", "unseen"}, folder / "measures.json"
     found = read_json(file) if file.is_file() else {}
-    if list(found.get("unseen_tasks", plan.held_out)) != plan.held_out:
+    unseen = load_tasks(plan.held_out) if "unseen" in wanted else []
+    names = [task.name for task in unseen]  # not those of plan.held_out, which may be paths
+    if unseen and list(found.get("unseen_tasks", names)) != names:
         found = {}  # they were others
     if wanted <= set(found):
         return found
     config, tasks, model, tokenizer = open_finished(folder, plan.base.device)
     apart = "distance" in wanted or "moved" in wanted
     if "unseen" in wanted:
-        found["unseen_tasks"] = accuracies(model, tokenizer, load_tasks(plan.held_out), "test", config.max_length,
-                                           config.score)
+        found["unseen_tasks"] = accuracies(model, tokenizer, unseen, "test", config.max_length, config.score)
         found["unseen"] = average(found["unseen_tasks"])
     if apart:
         found["distance"] = mean_distance(model, tokenizer, tasks, config)
