@@ -129,6 +129,9 @@ def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_desk(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "hidden").mkdir()  # what is shown was printed without pictures
+    (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
     names, printed, checked = {"__name__": "walkthrough"}, "", 0
     for mark, language, body in blocks((ROOT / "walkthrough.md").read_text(encoding="utf-8")):
         if language == "text":
