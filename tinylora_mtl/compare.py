@@ -47,9 +47,11 @@ def compare(plan, stop=None):
         while waiting:
             before = len(waiting)
             for run in list(waiting.values()):
-                lr = run.lr or choose(plan, run.group, rows)
-                if lr is None and run.group.where != "cost":
-                    continue  # its search is still in the hands of another process
+                lr = None
+                if run.group.where != "cost":  # costs are measured, without training
+                    lr = run.lr or choose(plan, run.group, rows)
+                    if lr is None:
+                        continue  # its search is still in the hands of another process
                 bar.set_postfix_str(run.name[-60:])
                 try:
                     rows[run.name] = do(plan, run, lr, stop)

@@ -13,12 +13,12 @@ from .tasks import TASK_SETS, check_labels, load_tasks, require_samples
 
 PRESETS = {
     "quick": {"claims": [1, 4, 5], "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
-              "tasks": ["word_sorting", "dyck_languages", "object_counting"]},
+              "tasks": ["word_sorting", "dyck_languages", "object_counting"], "held_out": []},
     "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8], "seeds": 6, "steps": 150, "batch_size": 32,
-             "rates": [1e-3, 3e-3, 8e-3, 2e-2], "tasks": ["mini"]},
+             "rates": [1e-3, 3e-3, 8e-3, 2e-2], "tasks": ["mini"],
+             "held_out": ["boolean_expressions", "object_counting"]},  # for "tasks not trained on"
 }
 RATES = [2e-4, 5e-4, 1e-3, 2e-3]  # searched on models other than mini
-HELD_OUT = ["boolean_expressions", "object_counting"]  # of mini, for "tasks not trained on"
 SIZES = [10, 20, 50, 100, 500]  # training samples per task of claim 7's curve; all other runs have the last
 SEARCH_SEED = 1000  # of the runs that choose learning rates; the others have 0, 1, 2, …
 TOLERANCE = 0.05  # by how much matched numbers of parameters may differ
@@ -78,7 +78,7 @@ class Plan:
 
         How few they are makes no difference, and MeTA-LoRA is for few in any case.
         """
-        few = group.method == "meta" or (group.samples or self.sizes[-1]) < self.sizes[-1]
+        few = METHODS[group.method]["method"] == "meta" or (group.samples or self.sizes[-1]) < self.sizes[-1]
         return Group(group.method, group.where, self.few if few else None)
 
     def conditions(self):
@@ -89,13 +89,13 @@ class Plan:
 
     def config(self, run, lr):
         """The TrainConfig of a run. A search never sees the test split."""
-        group, tasks = run.group, self.places[run.group.where]
-        samples, more = group.samples or self.sizes[-1], {}
-        if group.method == "meta":  # a round's query sets are as a batch of the others: all tasks, as many samples each
+        settings, tasks = self.methods[run.group.method], self.places[run.group.where]
+        samples, more = run.group.samples or self.sizes[-1], {}
+        if settings["method"] == "meta":  # a round's query sets are as a batch of the others: all tasks, as many each
             half = max(1, min(samples // 2, self.base.batch_size // len(tasks)))
             more = {"support": half, "query": half, "tasks_per_round": len(tasks)}
         return fill_in(replace(
-            self.base, **self.methods[group.method] | more, tasks=tasks, samples=samples, seed=run.seed, lr=lr,
+            self.base, **settings | more, tasks=tasks, samples=samples, seed=run.seed, lr=lr,
             split="test" if run.lr is None else "validation", skip_bad_steps=self.base.steps,  # counted, not fatal
             out=str(self.out / "runs" / run.name)))
 
@@ -144,7 +144,7 @@ def make_plan(args, command=""):
                    **{name: value for name, value in own.items() if value is not None})
     check(base)
     tasks = [name for given in args.tasks or preset["tasks"] for name in TASK_SETS.get(given, [given])]
-    held_out = args.held_out or (HELD_OUT if mini and not args.tasks else [])
+    held_out = args.held_out or (preset["held_out"] if mini and not args.tasks else [])
     tasks = [name for name in tasks if name not in held_out]
     languages = args.languages or (["mini-multilingual"] if mini else [])
     places = {"tasks": tasks, "languages": [name for given in languages for name in TASK_SETS.get(given, [given])]}

@@ -73,8 +73,12 @@ def summary(results):
     lines = textwrap.wrap(conditions(results), 80)
     for claim in results["claims"]:
         lines += ["", *textwrap.wrap(f"{claim['claim']}. {claim['text']}", 80), f"   {claim['verdict'].upper()}"]
-        lines += [f"   {row['name']:44.44} {difference(row)} {row['unit']}" for row in claim["comparisons"]
-                  if row["decides"]]
+        for row in (row for row in claim["comparisons"] if row["decides"]):
+            name = row["name"]
+            if len(name) > 44:  # too long for one line with its numbers
+                lines.append(f"   {name}")
+                name = ""
+            lines.append(f"   {name:44} {difference(row)} {row['unit']}")
     return "\n".join(lines)
 
 
@@ -101,13 +105,16 @@ def difference(row):
 def conditions(results):
     """What all runs have in common, in a sentence."""
     shared = results["conditions"]
-    places = len(shared["tasks"])  # of a batch, for each task the same number
-    samples = shared["batch_size"] // places * places
-    names = ", ".join(Path(task).stem for task in shared["tasks"])
+
+    def trained(where):
+        names = [Path(task).stem for task in shared[where]]
+        return f"{shared['batch_size'] // len(names) * len(names)} samples", ", ".join(names)  # of each task as many
+    samples, names = trained("tasks")
+    if any(run["where"] == "languages" for run in results["runs"]):
+        names += " (claim 8: {} on {})".format(*trained("languages"))
     return textwrap.fill(
-        f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {samples} samples, model "
-        f"{Path(shared['model']).name} on {names}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours "
-        "in all.", 120)
+        f"{len(shared['seeds'])} seeds, {shared['steps']} steps of {samples}, model {Path(shared['model']).name} on "
+        f"{names}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.", 120)
 
 
 def verdicts(*compared):
