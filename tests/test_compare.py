@@ -463,7 +463,7 @@ def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
     results = json.loads(file.read_text())
     sizes, numbers = results["conditions"]["sizes"], [claim["claim"] for claim in results["claims"]]
     assert numbers == list(range(1, 9))
-    plan = SimpleNamespace(claims=[claim for claim in declare(sizes) if claim.number in numbers], sizes=sizes,
+    plan = SimpleNamespace(claims=declare(sizes), sizes=sizes,
                            seeds=len(results["conditions"]["seeds"]), command="", conditions=dict)
     assert judge(plan, results["runs"])["claims"] == results["claims"]
     for row in (row for claim in results["claims"] for row in claim["comparisons"]):
@@ -510,13 +510,20 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     assert {run["samples"]: run["lr"] for run in runs if run["method"] == "meta" and run["where"] == "tasks"} == {
         size: 0.003 for size in SIZES}
     assert {run["lr"] for run in runs if (run["method"], run["where"]) == ("lora_matched", "tasks")} == {0.008}
-    far = {run["lr"]: (round(100 * run["average_after"], 1), round(100 * run["average_after_adapting"], 1))
-           for run in results["runs"] if (run["method"], run["where"], run["search"]) == ("meta_far", "tasks", True)}
-    assert far[0.003] == (57.2, 72.5) and far[0.008] == (73.7, 73.2)
-    far = [(run["lr"], round(100 * run["average_after"]), round(100 * run["average_after_adapting"]))
-           for run in runs if (run["method"], run["where"]) == ("meta_far", "tasks")]
-    assert {lr for lr, *_ in far} == {0.008} and sorted(after - before for _, before, after in far)[4] <= 1
-    assert (0.008, 52, 68) in far
+    far = [run for run in results["runs"] if run["method"] == "meta_far"]
+    percent = {run["name"]: tuple(round(100 * run[name], 1) for name in ("average_after", "average_after_adapting"))
+               for run in far}
+    assert percent["search-meta_far-tasks-50-seed1000-lr0.003"] == (57.2, 72.5)
+    assert percent["search-meta_far-tasks-50-seed1000-lr0.008"] == (73.7, 73.2)
+    tests = {run["name"]: run for run in far if not run["search"]}
+    assert {run["lr"] for run in tests.values() if run["where"] == "tasks"} == {0.008}
+    lost = [run["name"] for run in far if run["where"] == "tasks" and run["lr"] in (0.003, 0.008)
+            and run["after"]["dyck_languages"] == 0]
+    assert lost == ["search-meta_far-tasks-50-seed1000-lr0.003", "meta_far-tasks-50-seed3"]
+    assert percent["meta_far-tasks-50-seed3"] == (52.0, 67.8)
+    for name in tests.keys() - set(lost):
+        before, after = percent[name]
+        assert abs(after - before) < (1 if "tasks" in name else 0.21)  # one answer of 500 is 0.2
     rows = {(claim["claim"], row["name"]): row for claim in results["claims"] for row in claim["comparisons"]}
     assert rows[7, "accuracy: meta_far, 50 samples - meta, 50 samples"]["verdict"] == "cannot tell"
     for where in ("tasks", "languages"):  # with the larger inner rate, too, 50 samples do not keep up with all
