@@ -123,7 +123,7 @@ def declare(sizes):
     def few_samples(where):  # MeTA-LoRA with few samples: against LoRA with all, and against the honest baseline
         meta, full = Group("meta", where, few), Group("lora_matched", where)
         far = [Comparison(Group("meta_far", where, few), meta, quantity, decides=False)
-               for quantity in ("accuracy", "adapted")] if len(sizes) > 2 else []  # as dear as a point of the curve
+               for quantity in ("accuracy", "adapted")] if len(sizes) > 2 else []  # beside a whole curve, not a pair
         return [Comparison(meta, full, margin=MARGIN),
                 Comparison(meta, full, "adapted", margin=MARGIN, decides=False, right_quantity="accuracy"),
                 Comparison(Group("lora_matched", where, few), full, margin=MARGIN, decides=False),

@@ -199,7 +199,7 @@ def parse(argv=None):
     parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 6: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")
     parser.add_argument("--samples", type=whole(2), nargs="+", metavar="N", help="claim 7: training samples per task; "
-                        f"all other runs have the largest; with three or more also MeTA-LoRA's inner rate "
+                        "all other runs have the largest; with three or more also MeTA-LoRA's inner rate "
                         f"(default: {' '.join(map(str, SIZES))})")
     parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates to choose from")
     parser.add_argument("--out", help="folder for the runs and results (default: runs/compare-PRESET)")
