@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylora_mtl import adapter_parameters, train
-from tinylora_mtl.tasks import load_tasks
+from tinylora_mtl import adapter_parameters
+from tinylora_mtl.run import training as train
+from tinylora_mtl.data.tasks import load_tasks
 
 # Settings of a run that takes a second or two.
 TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import tinylora_mtl
-from tinylora_mtl import compare
-from tinylora_mtl.plan import make_plan
-from tinylora_mtl.report import filled
+from tinylora_mtl.lab import compare
+from tinylora_mtl.lab.plan import make_plan
+from tinylora_mtl.lab.report import filled
 
 ROOT = Path(tinylora_mtl.__file__).parents[1]
 BLOCK = re.compile(r"(?:(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```)", re.DOTALL)
@@ -89,7 +89,7 @@ def test_what_is_the_same():
 
 @pytest.mark.parametrize("name", ["README.md", "walkthrough.md"])
 def test_what_is_made_from_files_and_source_is_up_to_date(name):
-    """python -m tinylora_mtl.report README.md walkthrough.md makes it anew."""
+    """python -m tinylora_mtl.lab.report README.md walkthrough.md makes it anew."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert filled(text) == text
 
@@ -105,8 +105,8 @@ def test_help_teaches(name):
 
 def test_everything_public_has_a_docstring():
     missing = []
-    for module in pkgutil.iter_modules(tinylora_mtl.__path__):
-        names = vars(importlib.import_module(f"tinylora_mtl.{module.name}"))
+    for module in pkgutil.walk_packages(tinylora_mtl.__path__, "tinylora_mtl."):
+        names = vars(importlib.import_module(module.name))
         assert names["__doc__"], module.name
         missing += [f"{module.name}.{name}" for name, part in names.items() if inspect.isfunction(part)
                     and part.__module__.endswith(module.name) and not name.startswith("_") and not part.__doc__

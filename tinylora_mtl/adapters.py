@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .files import read_description, read_json, write_file, write_json
+from .run.files import read_description, read_json, write_file, write_json
 from .lora import LoRALinear, is_linear, linear_shape
 from .multihead import MultiHeadLoRALinear
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from .batching import label_logits, random_aside, send
-from .distributed import gather_features, same_random_numbers
+from .run.distributed import gather_features, same_random_numbers
 
 MMD_BANDWIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
 MMD_TOKENS = 64  # tokens per task that the kernels see: their cost grows with the square of this

@@ -17,11 +17,11 @@ import torch
 
 from .adapters import load_adapter
 from .batching import collate, encode_prompt, encode_target, forward, send
-from .cli import Parser, run_command
-from .distributed import merge, rank, world
-from .models import load_model, pick_length
-from .settings import TrainConfig, read_config
-from .tasks import SCORES, check_labels, load_tasks, require_samples, with_shots
+from .run.cli import Parser, run_command
+from .run.distributed import merge, rank, world
+from .run.models import load_model, pick_length
+from .run.settings import TrainConfig, read_config
+from .data.tasks import SCORES, check_labels, load_tasks, require_samples, with_shots
 
 SLACK = 4  # tokens that an answer may have beyond the longest target, for "(B)" where the target is "B"
 

@@ -1,0 +1,632 @@
+"""The comparison: its statistics, what it declares, and that its runs are done once, resumed, and chosen fairly."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Killed, at_step, command, kill
+
+from tinylora_mtl import add_adapters, align, meta, remove_adapters
+from tinylora_mtl.lab import compare, cost, heads
+from tinylora_mtl.run import training as train
+from tinylora_mtl.lab.claims import (COSTS, METHODS, T_975, UNITS, Group, declare, few_of, joint_verdict,
+                                 t_interval, verdict)
+from tinylora_mtl.run.models import load_model
+from tinylora_mtl.lab.pictures import accuracies_by_size
+from tinylora_mtl.lab.plan import PRESETS, SEARCH_SEED, SIZES, Run, make_plan, match, samples_seen
+from tinylora_mtl.lab.report import PUBLISHED, best_rate, conditions, judge, markdown, summary
+from tinylora_mtl.run.folder import locked
+from tinylora_mtl.run.settings import TrainConfig, adapter_config, read_config
+from tinylora_mtl.data.tasks import load_tasks
+
+TINY = ("--tasks word_sorting dyck_languages object_counting --seeds 2 --steps 3 --batch-size 6 --samples 8 12 "
+        "--rates 1e-3 5e-3 --rank 2 --heads 4 --device cpu").split()
+
+
+def tiny_plan(folder, *flags):
+    return make_plan(compare.parse([*TINY, "--out", str(folder), *map(str, flags)]))
+
+
+def results_without_times(results):
+    return json.loads(json.dumps(results), object_hook=lambda item: {
+        key: value for key, value in item.items() if key not in ("seconds", "command")})
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three samples of a task to score, wherever tasks are loaded; how often a run was trained is counted."""
+    def load(*args):
+        return [replace(task, validation=task.validation[:3], test=task.test[:3]) for task in load_tasks(*args)]
+    for module in (train, compare, heads):
+        monkeypatch.setattr(module, "load_tasks", load)
+    trained = []
+
+    def counted(*args, original=train.train):
+        trained.append(str(args[4].name))
+        return original(*args)
+    monkeypatch.setattr(train, "train", counted)
+    return trained
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+@pytest.mark.parametrize("df", range(1, len(T_975) + 1))
+def test_the_quantiles_leave_a_fortieth_on_each_side(df):
+    """Student's density, integrated by Simpson's rule between -t and t, is 0.95."""
+    constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    count, t = 20_000, T_975[df - 1]
+    values = [constant * (1 + (t * (2 * i / count - 1)) ** 2 / df) ** (-(df + 1) / 2) for i in range(count + 1)]
+    total = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
+    assert total * (2 * t / count) / 3 == pytest.approx(0.95, abs=2e-5)
+
+
+def test_the_interval_is_that_of_the_textbook():
+    """Student's own sleep data (Biometrika 1908): mean 1.58, sd 1.23, t(9) = 2.262: from 0.70 to 2.46."""
+    sleep = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    middle, (low, high) = t_interval(sleep)
+    assert (round(middle, 2), round(low, 2), round(high, 2)) == (1.58, 0.70, 2.46)
+    assert t_interval([2.0, 2.0, 2.0]) == (2.0, [2.0, 2.0])
+    assert t_interval([-value for value in sleep])[1] == pytest.approx([-high, -low])
+
+
+@pytest.mark.parametrize("interval, claimed, margin, expected", [
+    ([0.1, 3.0], 1, 0, "holds"), ([-3.0, -0.1], 1, 0, "does not hold"), ([-0.1, 3.0], 1, 0, "cannot tell"),
+    ([0.0, 3.0], 1, 0, "cannot tell"), ([0.0, 0.0], 1, 0, "cannot tell"),
+    ([0.1, 3.0], -1, 0, "does not hold"), ([-3.0, -0.1], -1, 0, "holds"), ([-3.0, 0.1], -1, 0, "cannot tell"),
+    ([-1.9, -0.5], 1, 2, "holds"), ([-2.1, 4.0], 1, 2, "cannot tell"), ([-9.0, -2.1], 1, 2, "does not hold"),
+    ([-9.0, -1.9], 1, 2, "cannot tell"), ([0.5, 1.9], -1, 2, "holds"), ([2.1, 9.0], -1, 2, "does not hold")])
+def test_the_rule(interval, claimed, margin, expected):
+    assert verdict(interval, claimed, margin) == expected
+
+
+def test_a_claim_needs_all_of_its_comparisons():
+    assert joint_verdict(["holds", "holds"]) == "holds"
+    assert joint_verdict(["holds", "cannot tell"]) == "cannot tell"
+    assert joint_verdict(["holds", "cannot tell", "does not hold"]) == "does not hold"
+
+
+def test_an_interval_holds_the_true_difference_in_95_of_100_comparisons():
+    generator = torch.Generator().manual_seed(0)
+    draws = (torch.randn(4000, 5, generator=generator) + 1).tolist()
+    inside = sum(low < 1 < high for _, (low, high) in map(t_interval, draws)) / len(draws)
+    assert abs(inside - 0.95) < 0.012
+
+
+# ------------------------------------------------------------------------------------------------- what is declared
+def test_eight_claims_each_with_something_that_decides():
+    claims = declare(SIZES)
+    assert [claim.number for claim in claims] == list(range(1, 9))
+    for claim in claims:
+        assert any(comparison.decides for comparison in claim.comparisons)
+        names = [str(comparison) for comparison in claim.comparisons]
+        assert len(set(names)) == len(names)
+        for comparison in claim.comparisons:
+            assert {comparison.quantity, comparison.right_quantity or comparison.quantity} <= set(UNITS)
+            for side in (comparison.left, comparison.right):
+                if isinstance(side, Group):
+                    assert side.method in (COSTS if side.where == "cost" else METHODS)
+    margins = {(claim.number, c.margin) for claim in claims for c in claim.comparisons if c.decides}
+    assert margins == {(1, 0), (2, 0), (3, 0), (4, 0), (5, 2), (6, 0), (7, 2), (8, 2)}
+    assert few_of([10, 20, 50, 100, 500]) == 50 and few_of([8, 12]) == 8
+
+
+def test_the_directions_are_those_that_the_papers_claim():
+    """A world in which every paper is right: each quantity is what it would be, and all eight claims hold."""
+    better = ["lora", "hydralora", "rlora", "mlora", "lora_matched", "align_mmd", "align_kl", "meta"]
+
+    def value(side, quantity):
+        if not isinstance(side, Group):
+            return side
+        world = {"time": -8.0, "memory": -20.0, "cosine": {"hydralora": 0.8}.get(side.method, -0.2),
+                 "distance": -1.0 * (side.method in ("align_kl", "align_mmd")), "moved": -0.5}
+        return world.get(quantity, 10.0 * better.index(side.method) if side.method in better else 0.0)
+    for claim in declare(SIZES):
+        verdicts = []
+        for c in claim.comparisons:
+            difference = value(c.left, c.quantity) - value(c.right, c.right_quantity or c.quantity)
+            verdicts.append((c.decides, verdict([difference - 0.1, difference + 0.1], c.claimed, c.margin)))
+        assert joint_verdict([found for decides, found in verdicts if decides]) == "holds", claim.text
+
+
+def test_the_ablation_changes_one_thing_at_a_time():
+    model, _, _ = load_model("mini", "cpu")
+    seen = {}
+    for name in ("rlora", "rlora_start", "rlora_dropout", "rlora_neither", "hydralora"):
+        adapters = add_adapters(model, adapter_config(TrainConfig(**METHODS[name], rank=4)))
+        adapter = next(iter(adapters.values()))
+        seen[name] = (adapter.scaling, adapter.dropout.p, adapter.head_dropout.p, bool(adapter.heads.any()),
+                      bool(adapter.router.weight.any()))
+        remove_adapters(model)
+    assert seen == {"rlora": (8, 0, 0.1, True, False), "rlora_start": (8, 0, 0, True, False),
+                    "rlora_dropout": (8, 0, 0.1, False, True), "rlora_neither": (8, 0, 0, False, True),
+                    "hydralora": (4, 0, 0, False, True)}
+
+
+def test_matched_parameters_are_within_five_percent():
+    """Counted against the formula: per layer of HydraLoRA r·d_in + N·r·d_out + N·d_in, of LoRA r·(d_in + d_out)."""
+    methods, counts = match(METHODS, TrainConfig(rank=4, heads=5))
+    layers = 5 * [(112, 112)] * 4 + 5 * [(112, 256)] * 2 + 5 * [(256, 112)]
+    hydra = sum(4 * d_in + 5 * 4 * d_out + 5 * d_in for d_in, d_out in layers)
+    assert counts["hydralora"] == counts["rlora"] == hydra
+    rank, number = methods["lora_matched"]["rank"], methods["mlora"]["heads"]
+    assert counts["lora_matched"] == sum(rank * (d_in + d_out) for d_in, d_out in layers)
+    assert counts["mlora"] == sum(4 * d_in + number * 4 * d_out for d_in, d_out in layers)
+    matched = [name for name in METHODS if "match" in METHODS[name]]
+    assert matched == ["lora_matched", "mlora", "align_kl", "align_mmd", "align_shuffled", "meta", "meta_far"]
+    assert all(abs(counts[name] / hydra - 1) <= 0.05 for name in matched)
+    for other in (rank - 1, rank + 1):  # no other rank comes nearer
+        assert abs(sum(other * sum(layer) for layer in layers) - hydra) >= abs(counts["lora_matched"] - hydra)
+    assert "match" not in methods["meta"] and methods["lora"] == {"method": "lora"}
+
+
+def test_what_cannot_be_matched_is_refused():
+    with pytest.raises(ValueError, match="not within 5% of HydraLoRA's"):
+        match(["mlora"], TrainConfig(rank=32, heads=1))
+
+
+def test_settings_of_the_runs(tmp_path):
+    plan = tiny_plan(tmp_path, "--claims", 6, 7, 8, "--held-out", "object_counting")
+    runs = {run.name: run for run in plan.runs()}
+    assert len(runs) == len(plan.runs())
+    configs = {name: plan.config(run, 1e-3) for name, run in runs.items()}
+    for name, config in configs.items():
+        assert (config.split == "validation") == (config.seed == SEARCH_SEED) == name.startswith("search-")
+        assert "object_counting" not in config.tasks  # held out of --tasks
+        assert config.steps == 3 and config.batch_size == 6
+    one = configs["meta-tasks-8-seed1"]
+    assert (one.support, one.query, one.tasks_per_round, one.samples) == (3, 3, 2, 8)
+    assert configs["meta-languages-8-seed0"].tasks == load_names("mini-multilingual")
+    assert configs["align_shuffled-tasks-all-seed0"].shuffle_groups
+    assert configs["align_kl-tasks-all-seed0"].align == "kl" and not configs["align_kl-tasks-all-seed0"].shuffle_groups
+    assert len({(c.rank, c.samples) for name, c in configs.items() if "-all-" in name and "meta" not in name
+                and ("align" in name or "lora_matched" in name)}) == 1
+    big = make_plan(compare.parse(["--claims", "7", "--device", "cpu"]))
+    for size in (10, 20, 50, 500):  # every round has all tasks, and queries as a batch of the others
+        config = big.config(Run(Group("meta", samples=size), 0), 1e-3)
+        assert (config.support, config.query, config.tasks_per_round) == (5, 5, 6)
+        assert config.samples == big.config(Run(Group("lora_matched", samples=size), 0), 1e-3).samples
+    near, far = (big.config(Run(Group(method, samples=50), 0), 1e-3) for method in ("meta", "meta_far"))
+    assert far.inner_lr == 4 * near.inner_lr and replace(far, inner_lr=near.inner_lr, out=near.out) == near
+
+
+def test_the_presets_train_on_the_tasks_that_they_name():
+    quick, full = (make_plan(compare.parse(["--preset", preset, "--device", "cpu"])) for preset in PRESETS)
+    assert quick.places["tasks"] == PRESETS["quick"]["tasks"] and quick.held_out == []
+    assert sorted(full.places["tasks"] + full.held_out) == sorted(load_names("mini"))
+    assert full.held_out == ["boolean_expressions", "object_counting"]
+    assert set(quick.config(quick.runs()[0], 1e-3).tasks) == {"word_sorting", "dyck_languages", "object_counting"}
+
+
+def load_names(given):
+    return [task.name for task in load_tasks([given])]
+
+
+@pytest.mark.parametrize("method", ["lora", "meta"])
+def test_samples_seen_are_those_that_were_seen(tmp_path, monkeypatch, few, method):
+    seen = []
+    for module in (train, meta):
+        def counted(model, batch, *rest, original=module.label_loss):
+            if torch.is_grad_enabled():
+                seen.append(len(batch["task_ids"]))
+            return original(model, batch, *rest)
+        monkeypatch.setattr(module, "label_loss", counted)
+    monkeypatch.setattr(train, "accuracies_after_adapting", lambda *args: {"a": 0.0, "b": 0.0})
+    monkeypatch.setattr(train, "average_interval", lambda *args: [0, 1])
+    monkeypatch.setattr(train, "table", lambda *args: "")
+    config = TrainConfig(tasks=["word_sorting", "dyck_languages"], method=method, steps=3, batch_size=5, samples=8,
+                         support=3, query=2, tasks_per_round=2, inner_steps=2, device="cpu", out=str(tmp_path / "run"))
+    train.main(config)
+    assert sum(seen) == samples_seen(config) == (3 * 4 if method == "lora" else 3 * 2 * (2 * 3 + 2))
+
+
+# ------------------------------------------------------------------------------------------------- from end to end
+def test_a_comparison_that_is_killed_goes_on_and_repeats_nothing(tmp_path, monkeypatch, few, capsys):
+    plan = tiny_plan(tmp_path / "a", "--claims", 1, 5)
+    whole = compare.compare(plan)
+    assert sorted(few) == sorted(run.name for run in plan.runs())  # each trained, once
+    assert len(few) == 4 * 2 + 4 * 2
+
+    del few[:]
+    assert compare.compare(tiny_plan(tmp_path / "a", "--claims", 1, 5)) == whole
+    assert few == []  # nothing was left to do
+
+    plan = tiny_plan(tmp_path / "b", "--claims", 1, 5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 3 * 10 + 2, kill)  # in the second step of the eleventh run
+        compare.compare(plan)
+    assert len(few) == 11 and not (tmp_path / "b" / "results.json").exists()
+    again = compare.compare(plan)
+    assert len(few) == 17 and few[11] == few[10] and len(set(few)) == 16  # that one was gone on with, no other
+    assert results_without_times(again) == results_without_times(whole)
+
+    written = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert written == again and [claim["claim"] for claim in written["claims"]] == [1, 5]
+    runs = {(run["method"], run["seed"]): run for run in written["runs"] if not run["search"]}
+    assert len(runs) == 8 and all("after" in run and run["skipped_steps"] == 0 for run in runs.values())
+    for row in written["claims"][1]["comparisons"]:
+        other = row["name"].split(" - ")[1]
+        expected = [100 * (runs["lora_matched", seed]["average_after"] - runs[other, seed]["average_after"])
+                    for seed in (0, 1)]
+        assert row["differences"] == pytest.approx(expected)
+        middle, interval = t_interval(row["differences"])
+        assert (row["mean"], row["interval"]) == (middle, interval)
+        assert row["verdict"] == verdict(interval, 1, 2.0)
+    hydra, rlora = runs["hydralora", 0], runs["rlora", 0]
+    assert set(hydra["cosine_start"]) == {None} and rlora["cosine_start"] == pytest.approx([-1 / 3] * 35, abs=0.02)
+    assert hydra["cosine"] == pytest.approx(sum(hydra["cosine_end"]) / 35)
+    assert [step for step, _ in hydra["cosine_curve"]] == [0, 1, 3]
+    table = (tmp_path / "b" / "table.md").read_text()
+    assert table == markdown(written)
+    assert all(claim["text"] in table and f"**{claim['verdict']}**" in table for claim in written["claims"])
+    assert f"{hydra['trainable_parameters']:,}" in table
+
+
+def test_the_table_comes_from_the_results_alone(tmp_path, few, monkeypatch, capsys):
+    compare.compare(tiny_plan(tmp_path, "--claims", 5))
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["claims"][0]["verdict"] = "does not hold"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(compare, "make_plan", None)
+    compare.main(["--report", str(tmp_path)])
+    assert "**does not hold**" in (tmp_path / "table.md").read_text()
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+
+
+def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(tmp_path, monkeypatch, few):
+    plan = tiny_plan(tmp_path, "--claims", 5)
+    taken = plan.runs()[0].name
+    (tmp_path / "locks" / taken).mkdir(parents=True)
+    other = locked(tmp_path / "locks" / taken)
+    other.__enter__()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(list(few))
+        other.__exit__(None, None, None)
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    compare.compare(plan)
+    method = plan.runs()[0].group.method
+    assert len(waits) == 1 and taken not in waits[0]
+    assert not [name for name in waits[0] if name.startswith(f"{method}-")]  # its rate was not known yet
+    assert len(waits[0]) == len(plan.runs()) - 1 - plan.seeds and few[len(waits[0])] == taken
+
+
+def test_a_run_that_train_is_using_is_skipped_too(tmp_path, few):
+    plan = tiny_plan(tmp_path, "--claims", 5)
+    run = plan.runs()[0]
+    compare.do(plan, run, run.lr, None)
+    (tmp_path / "runs" / run.name / "results.json").unlink()
+    with locked(tmp_path / "runs" / run.name), pytest.raises(BlockingIOError):
+        compare.do(plan, run, run.lr, None)
+
+
+def test_results_of_other_settings_are_never_mixed_in(tmp_path, few):
+    compare.compare(tiny_plan(tmp_path, "--claims", 5))
+    with pytest.raises(ValueError, match="holds a run with --steps 3, and this comparison has 4; name another --out"):
+        compare.compare(tiny_plan(tmp_path, "--claims", 5, "--steps", 4))
+    assert len(few) == 16
+
+
+# ------------------------------------------------------------------------------------------ the learning-rate search
+class Untouchable(list):
+    """A split that must not be looked at."""
+
+    def __iter__(self):
+        raise AssertionError("the test samples were looked at")
+    __getitem__ = __len__ = __contains__ = __iter__
+
+
+def test_the_search_never_looks_at_test_samples(tmp_path, monkeypatch):
+    """In runs of the search any look at the test split fails; and other test samples leave every choice as it is."""
+    def load(names, samples=None, seed=0, spoiled=False):
+        return [replace(task, validation=task.validation[:3], test=Untouchable() if seed == SEARCH_SEED else
+                        [("?", "no")] * 3 if spoiled else task.test[:3]) for task in load_tasks(names, samples, seed)]
+    chosen = []
+    for spoiled in (False, True):
+        monkeypatch.setattr(train, "load_tasks", lambda *args: load(*args, spoiled=spoiled))
+        results = compare.compare(tiny_plan(tmp_path / str(spoiled), "--claims", 4))
+        assert all(run["seed"] == SEARCH_SEED for run in results["runs"] if run["search"])
+        chosen.append((results["rates"], [run["lr"] for run in results["runs"]]))
+    assert chosen[0] == chosen[1]
+
+
+def test_the_best_rate_on_validation_is_taken_by_all_runs_of_the_method(tmp_path, monkeypatch, few):
+    """With accuracies that depend on the split and the rate alone, every method takes the rate best on validation."""
+    now = {}
+
+    def remember(config, *args, original=train.fill_in, **options):
+        now["lr"] = original(config).lr
+        return original(config)
+    monkeypatch.setattr(train, "fill_in", remember)
+    monkeypatch.setattr(train, "accuracies", lambda model, tokenizer, tasks, split, *rest: {
+        task.name: {("validation", 0.005): 0.9, ("test", 0.001): 0.8}.get((split, now["lr"]), 0.1) for task in tasks})
+    results = compare.compare(tiny_plan(tmp_path, "--claims", 5))
+    assert {run["lr"] for run in results["runs"] if not run["search"]} == {0.005}
+    assert {rate["lr"] for rate in results["rates"]} == {0.005}
+    assert all(rate["tried"] == {"0.001": pytest.approx(0.1), "0.005": pytest.approx(0.9)} for rate in results["rates"])
+    assert read_config(tmp_path / "runs" / "rlora-tasks-all-seed1").lr == 0.005
+    assert best_rate({2e-3: 0.5, 1e-3: 0.5, 5e-3: 0.4}) == 1e-3  # the lower of equals
+
+
+def test_which_search_a_group_takes_its_rate_from(tmp_path):
+    plan = tiny_plan(tmp_path, "--claims", 5)
+    for group, expected in {
+            Group("rlora"): Group("rlora"), Group("rlora", "languages"): Group("rlora", "languages"),
+            Group("lora_matched", samples=8): Group("lora_matched", samples=8),
+            Group("meta", samples=12): Group("meta", samples=8),
+            Group("meta_far", samples=12): Group("meta_far", samples=8),
+            Group("meta", "languages", 8): Group("meta", "languages", 8)}.items():
+        assert plan.searched(group) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- the controls
+def test_shuffled_groups_have_the_sizes_of_the_tasks_and_other_members(tmp_path, monkeypatch, few):
+    true, used = [], []
+
+    def balanced(self, size, original=train.BalancedBatches.balanced):
+        true.append(original(self, size))
+        return true[-1]
+
+    def loss(features, batch, kind, original=align.alignment_loss):
+        used.append(batch)
+        return original(features, batch, kind)
+    monkeypatch.setattr(train.BalancedBatches, "balanced", balanced)
+    monkeypatch.setattr(train, "alignment_loss", loss)
+    for shuffled in (False, True):
+        del true[:], used[:]
+        train.main(TrainConfig(tasks=["word_sorting", "dyck_languages"], steps=3, batch_size=16, samples=8, rank=2,
+                               shuffle_groups=shuffled, device="cpu", out=str(tmp_path / str(shuffled))))
+        order = [batch["attention_mask"].sum(1).argsort(stable=True) for batch in true]
+        ids = [batch["task_ids"][rows].tolist() for batch, rows in zip(true, order)]
+        got = [batch["task_ids"].tolist() for batch in used]
+        assert all(sorted(group) == sorted(real) for group, real in zip(got, ids))  # eight and eight
+        assert (got != ids) == shuffled
+        assert all(torch.equal(batch["input_ids"], split["input_ids"][rows])
+                   for batch, split, rows in zip(used, true, order))
+    assert len({tuple(group) for group in got}) == 3  # drawn anew in every step
+
+
+def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypatch, few):
+    plan = tiny_plan(tmp_path, "--claims", 6, "--held-out", "object_counting")
+    row = compare.do(plan, Run(Group("rlora"), 0), 1e-3, None)
+    assert list(row["unseen_tasks"]) == ["object_counting"] and row["unseen"] == row["unseen_tasks"]["object_counting"]
+    assert list(row["after"]) == ["word_sorting", "dyck_languages"] and "distance" not in row
+    aligned = Run(Group("align_kl"), 0)
+    row = compare.do(plan, aligned, 1e-3, None)
+    assert row["moved"] == row["distance"] - row["distance_start"] and row["distance_start"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "open_finished", None)
+        assert compare.do(plan, aligned, 1e-3, None) == row
+    own = tmp_path / "of my own"
+    own.mkdir()
+    (own / "test.jsonl").write_text('{"prompt": "1 + 1? Answer:", "target": "2"}\n')
+    plan.held_out = [str(own)]
+    row = compare.do(plan, aligned, 1e-3, None)
+    assert list(row["unseen_tasks"]) == ["of my own"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "open_finished", None)
+        assert compare.do(plan, aligned, 1e-3, None) == row
+
+
+def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, few):
+    plan, scored = tiny_plan(tmp_path, "--claims", 2, 8), []
+
+    def count(model, tokenizer, tasks, split, *args):
+        scored.append(([task.name for task in tasks], split))
+        return {task.name: 0.0 for task in tasks}
+    monkeypatch.setattr(compare, "accuracies", count)
+    for run in [Run(Group("lora"), 0), Run(Group("lora"), SEARCH_SEED, 1e-3), Run(Group("meta", "languages"), 0)] * 2:
+        compare.base_accuracies(plan, run, plan.config(run, 1e-3))
+    names = plan.places["tasks"]
+    assert scored == [(names, "test"), (names, "validation"), (plan.places["languages"], "test")]
+
+
+# -------------------------------------------------------------------------------------------------------- the costs
+def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
+    costs = {"a": (2.0, 100), "b": (1.5, 110)}
+    monkeypatch.setattr(cost, "in_a_process", lambda function, *args, **options: (
+        [costs[name][0] for name in args[0]] if function is cost.step_seconds else costs[args[1]][1]))
+    for swapped in (False, True):
+        found = cost.compare_costs(("a", "b"), swapped)
+        assert (found["time"], found["memory"]) == pytest.approx((-25, 10))
+        assert found["step_seconds"] == [2.0, 1.5] and found["peak_bytes"] == [100, 110]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
+def test_the_peak_counts_what_was_allocated_since_the_reset():
+    torch.ones(2 ** 25).sum()  # 128 MiB, gone before the count begins
+    before = cost.reset_peak()
+    torch.ones(2 ** 24).sum()  # 64 MiB, gone when it ends; less may be taken from what the process holds already
+    assert 62 * 2 ** 20 < cost.peak_memory() - before < 80 * 2 ** 20
+
+
+@pytest.mark.slow
+def test_costs_are_measured_in_processes_of_their_own(tmp_path, few):
+    plan = tiny_plan(tmp_path, "--claims", 3, "--batch-size", 24)
+    results = compare.compare(plan)
+    assert few == [] and len(results["runs"]) == 4
+    row = results["claims"][0]["comparisons"][0]
+    assert row["name"] == "time: dropout 0.1" and len(row["differences"]) == 2
+    for run in results["runs"]:
+        assert all(value > 0 for value in run["step_seconds"] + run["peak_bytes"])
+        assert run["time"] == pytest.approx(100 * (run["step_seconds"][1] / run["step_seconds"][0] - 1))
+    assert row["mean"] < 0  # a mask on x for every head is far more work than one on A x
+
+
+# ------------------------------------------------------------------------------------------------ published results
+@pytest.mark.parametrize("file", sorted(PUBLISHED.glob("*.json")), ids=lambda file: file.stem)
+def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
+    """Its claims as declared now, from the rows of the runs; and every interval from its differences."""
+    results = json.loads(file.read_text())
+    sizes, numbers = results["conditions"]["sizes"], [claim["claim"] for claim in results["claims"]]
+    assert numbers == list(range(1, 9))
+    plan = SimpleNamespace(claims=declare(sizes), sizes=sizes,
+                           seeds=len(results["conditions"]["seeds"]), command="", conditions=dict)
+    assert judge(plan, results["runs"])["claims"] == results["claims"]
+    for row in (row for claim in results["claims"] for row in claim["comparisons"]):
+        assert len(row["differences"]) == plan.seeds >= 3
+        reach = stdev(row["differences"]) / plan.seeds ** 0.5 * T_975[plan.seeds - 2]
+        assert row["interval"] == pytest.approx([mean(row["differences"]) - reach, mean(row["differences"]) + reach])
+
+
+@pytest.mark.parametrize("file", sorted(PUBLISHED.glob("*.json")), ids=lambda file: file.stem)
+def test_a_summary_names_all_that_decides_in_80_columns(file):
+    results = json.loads(file.read_text())
+    lines = summary(results).splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in (row for claim in results["claims"] for row in claim["comparisons"] if row["decides"]):
+        at = next(i for i, line in enumerate(lines) if f"   {row['name']} " in f"{line} ")
+        assert f"{row['mean']:+.2f} [" in "".join(lines[at:at + 2])
+
+
+def test_conditions_name_the_languages_where_there_are_runs_on_them():
+    results = json.loads((PUBLISHED / "mini.json").read_text())
+    assert "30 samples on english, german" in " ".join(conditions(results).split())
+    results["conditions"]["batch_size"] = 23  # of six tasks 18 samples, of five 20
+    text = " ".join(conditions(results).split())
+    assert "steps of 18 samples, model mini on word_sorting" in text and "(claim 8: 20 samples on english" in text
+    results["runs"] = [run for run in results["runs"] if run["where"] != "languages"]
+    assert "claim 8" not in conditions(results)
+
+
+def test_what_the_documents_say_in_words_of_the_embedded_model():
+    results = json.loads((PUBLISHED / "mini.json").read_text())
+    runs = [run for run in results["runs"] if not run["search"]]
+    for curve in (dict(run["cosine_curve"]) for run in runs if run["method"] == "rlora" and "cosine_curve" in run):
+        assert curve[0] == pytest.approx(-0.25, abs=0.005) and curve[30] > 0.5 and max(curve.values()) < 0.6
+    accuracy = {method: mean(run["average_after"] for run in runs if (run["method"], run["where"], run.get("samples"))
+                             == (method, "tasks", 500)) for method in METHODS if "meta" not in method}
+    assert max(accuracy, key=accuracy.get) == "align_kl"
+    assert all(accuracy["lora_matched"] > accuracy[heads] for heads in ("hydralora", "rlora", "mlora"))
+    tried = {rate["method"]: rate["tried"] for rate in results["rates"] if rate["where"] == "tasks"}
+    assert tried["mlora"]["0.008"] < 0.5 * tried["mlora"]["0.003"]
+    adapting = [(run["where"], run["samples"], 100 * (run["average_after_adapting"] - run["average_after"]))
+                for run in runs if run["method"] == "meta"]
+    assert max(abs(gain) for *_, gain in adapting) < 1.4
+    assert all(gain == 0 for where, samples, gain in adapting if where == "languages" or samples == 10)
+    assert {run["samples"]: run["lr"] for run in runs if run["method"] == "meta" and run["where"] == "tasks"} == {
+        size: 0.003 for size in SIZES}
+    assert {run["lr"] for run in runs if (run["method"], run["where"]) == ("lora_matched", "tasks")} == {0.008}
+    far = [run for run in results["runs"] if run["method"] == "meta_far"]
+    percent = {run["name"]: tuple(round(100 * run[name], 1) for name in ("average_after", "average_after_adapting"))
+               for run in far}
+    assert percent["search-meta_far-tasks-50-seed1000-lr0.003"] == (57.2, 72.5)
+    assert percent["search-meta_far-tasks-50-seed1000-lr0.008"] == (73.7, 73.2)
+    tests = {run["name"]: run for run in far if not run["search"]}
+    assert {run["lr"] for run in tests.values() if run["where"] == "tasks"} == {0.008}
+    lost = [run["name"] for run in far if run["where"] == "tasks" and run["lr"] in (0.003, 0.008)
+            and run["after"]["dyck_languages"] == 0]
+    assert lost == ["search-meta_far-tasks-50-seed1000-lr0.003", "meta_far-tasks-50-seed3"]
+    assert percent["meta_far-tasks-50-seed3"] == (52.0, 67.8)
+    for name in tests.keys() - set(lost):
+        before, after = percent[name]
+        assert abs(after - before) < (1 if "tasks" in name else 0.21)  # one answer of 500 is 0.2
+    rows = {(claim["claim"], row["name"]): row for claim in results["claims"] for row in claim["comparisons"]}
+    assert rows[7, "accuracy: meta_far, 50 samples - meta, 50 samples"]["verdict"] == "cannot tell"
+    for where in ("tasks", "languages"):  # with the larger inner rate, too, 50 samples do not keep up with all
+        by_seed = {(run["method"], run["samples"], run["seed"]): 100 * run["average_after"] for run in runs
+                   if run["where"] == where}
+        differences = [by_seed["meta_far", 50, seed] - by_seed["lora_matched", 500, seed] for seed in range(6)]
+        assert verdict(t_interval(differences)[1], 1, 2.0) == "does not hold"
+    ahead = rows[8, "accuracy: meta_far, 50 samples, languages - meta, 50 samples, languages"]
+    assert 0 < ahead["interval"][0] < ahead["interval"][1] < 2
+    assert rows[3, "time: no dropout"]["verdict"] == "cannot tell"
+    assert -2 < rows[3, "memory: no dropout"]["interval"][0] < rows[3, "memory: no dropout"]["interval"][1] < 0
+    assert rows[2, "accuracy: rlora_neither - hydralora"]["verdict"] == "cannot tell"
+
+
+def test_what_the_documents_say_in_words_of_the_real_model():
+    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    done = [run for run in results["runs"] if not run["search"] and run["where"] != "cost"]
+    assert {(run["where"], round(100 * run["average_before"])) for run in done} == {("tasks", 72), ("languages", 48)}
+    steps, size = results["conditions"]["steps"], results["conditions"]["batch_size"]
+    assert [steps * (size // len(results["conditions"][where])) for where in ("tasks", "languages")] == [180, 120]
+    runs = [run for run in done if run["where"] == "tasks"]
+    ends = {method: [run["cosine_end"] for run in runs if run["method"] == method and "cosine_end" in run]
+            for method in ("hydralora", "rlora")}
+    ends = {method: mean(mean(layers) for layers in found) for method, found in ends.items()}
+    assert ends["hydralora"] == pytest.approx(0.95, abs=0.01) and abs(ends["rlora"]) < 0.06
+    rows = {(claim["claim"], row["name"]): row for claim in results["claims"] for row in claim["comparisons"]}
+    assert rows[5, "accuracy: lora_matched - rlora"]["interval"][1] < 0  # R-LoRA is ahead of it
+    for number, name in ((2, "hydralora - lora"), (2, "rlora - rlora_neither"), (4, "mlora - rlora"),
+                         (6, "align_kl - lora_matched"), (6, "align_mmd - lora_matched"),
+                         (6, "align_kl - align_shuffled")):
+        assert rows[number, f"accuracy: {name}"]["verdict"] == "cannot tell"
+    assert [name for (number, name), row in rows.items() if number == 6 and row["decides"]
+            and row["verdict"] == "does not hold"] == ["accuracy: align_mmd - rlora"]
+    assert rows[6, "unseen: align_mmd - lora_matched"]["verdict"] == "holds"
+    assert rows[6, "unseen: align_kl - lora_matched"]["verdict"] == "cannot tell"
+    assert all(rows[6, f"accuracy: align_{kind} - lora_matched"]["interval"][1] < 1 for kind in ("kl", "mmd"))
+    assert round(rows[6, "unseen: align_mmd - lora_matched"]["mean"] * 200 / 100, 6) == 1.6
+    assert all(rows[6, f"{quantity}: align_kl - {rival}"]["verdict"] == "cannot tell"
+               for quantity in ("accuracy", "unseen") for rival in ("rlora", "mlora"))
+    low = rows[7, "accuracy: meta, 50 samples - lora_matched"]["interval"][0]
+    assert -2.1 < low < -2
+    same_rate = {"rlora", "rlora_neither", "hydralora", "lora", "lora_matched"}
+    assert {run["lr"] for run in runs if run["method"] in same_rate and run["samples"] == 500} == {0.003}
+    assert {rate["lr"] for rate in results["rates"] if rate["method"] == "align_kl"} == {0.01} == {
+        max(map(float, rate["tried"])) for rate in results["rates"]}
+    assert rows[2, "accuracy: rlora_neither - hydralora"]["interval"][0] > 0
+    assert rows[3, "time: no dropout"]["verdict"] == rows[3, "memory: no dropout"]["verdict"] == "cannot tell"
+    assert all(rows[8, f"accuracy: {name}, languages"]["verdict"] == "cannot tell" for name in (
+        "meta, 50 samples, languages - lora_matched, 50 samples",
+        "lora_matched, 50 samples, languages - lora_matched"))
+    assert [claim["verdict"] for claim in results["claims"] if claim["claim"] in (3, 8)] == ["holds", "holds"]
+
+
+# ------------------------------------------------------------------------------------------- pictures and command
+def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
+    pytest.importorskip("matplotlib")
+    results = compare.compare(tiny_plan(tmp_path, "--claims", 1, 7))
+    assert {size: len(seeds) for size, seeds in accuracies_by_size(results, "meta", "tasks").items()} == {8: 2, 12: 2}
+    for name in ("verdicts", "controls", "budgets", "cosines"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    assert "no pictures" not in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_a_message_and_all_the_rest(tmp_path, monkeypatch, few, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    compare.compare(tiny_plan(tmp_path, "--claims", 5))
+    assert (tmp_path / "table.md").is_file() and not list(tmp_path.glob("*.png"))
+    assert 'no pictures: they need matplotlib; pip install "tinylora_mtl[plots]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--claims", "9"], "must be from 1 to 8"), (["--seeds", "1"], "must be from 2 to 21"),
+    (["--claims", "6"], "claim 6 needs --held-out"), (["--held-out", "x", "--claims", "6"], "unknown task 'x'"),
+    (["--languages", "x"], "unknown task 'x'"), (["--score", "choose"], "'word_sorting' has no closed set of labels"),
+    (["--batch-size", "2"], "--batch-size 2 cannot hold 3 tasks"),
+    (["--claims", "6", "--tasks", "navigate", "--held-out", "web_of_lies"], "align needs at least two tasks"),
+    (["--samples", "100", "200"], "the smallest at most 50"), (["--steps", "0"], "--steps must be at least 1")])
+def test_what_cannot_work_is_one_line_before_any_run(tmp_path, capsys, flags, message):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        tiny_plan(tmp_path, *flags)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_another_model_needs_languages_for_claim_8(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tinylora_mtl.lab.plan.load_model", lambda *args: load_model("mini", "cpu"))
+    plan = tiny_plan(tmp_path, "--model", "another", "--held-out", "object_counting", "--rank", 4, "--heads", 5)
+    assert [claim.number for claim in plan.claims] == [1, 2, 3, 4, 5, 6, 7]
+    assert "without claim 8: it needs --languages" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="claim 8 needs --languages"):
+        tiny_plan(tmp_path, "--model", "another", "--claims", 8)
+
+
+@pytest.mark.slow
+def test_the_real_command_and_a_second_one_beside_it(tmp_path):
+    flags = [sys.executable, "-m", "tinylora_mtl.lab.compare", *TINY, "--claims", "4", "--out", str(tmp_path / "out")]
+    both = [subprocess.Popen(flags, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)]
+    printed = [process.communicate(timeout=500) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert all("4. A simpler multi-head adapter" in out for out, _ in printed)
+    assert all(len(line) <= 80 for line in printed[0][0].splitlines()[:-1])
+    again = command(*TINY, "--claims", 4, "--out", tmp_path / "out", cwd=tmp_path, module="lab.compare")
+    assert again.returncode == 0 and again.stdout == printed[0][0] == printed[1][0]

@@ -1,0 +1,164 @@
+"""What `heads` tells about a run, against loops, and what it writes."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import command, make_llama, run
+from safetensors.torch import load_file
+
+from tinylora_mtl import AdapterConfig, MultiHeadLoRALinear, add_adapters, adapter_parameters, kl_alignment
+from tinylora_mtl.lab import heads
+from tinylora_mtl.adapters import PREFIX, find_adapters
+from tinylora_mtl.align import collect_features
+from tinylora_mtl.batching import encode
+from tinylora_mtl.multihead import cosines, head_cosines, mean_of_pairs
+
+
+def cosine(a, b):
+    a, b = a.flatten().tolist(), b.flatten().tolist()
+    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def test_cosines_against_a_loop():
+    torch.manual_seed(0)
+    vectors = torch.randn(4, 6)
+    pairs = [cosine(vectors[i], vectors[j]) for i in range(4) for j in range(i)]
+    assert mean_of_pairs(cosines(vectors)).item() == pytest.approx(sum(pairs) / 6, abs=1e-6)
+    assert cosines(vectors)[1, 3].item() == pytest.approx(cosine(vectors[1], vectors[3]), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_random_heads_start_at_minus_one_over_the_others(count):
+    """Σ_{i≠j} B_i·B_j = -Σ_i B_i·B_i for centred heads: exactly -1/(N-1) weighted by length, nearly so in the mean."""
+    torch.manual_seed(count)
+    adapter = MultiHeadLoRALinear(torch.nn.Linear(40, 60), rank=4, alpha=8, heads=count, random_init=True)
+    flat = adapter.heads.detach().flatten(1).double()
+    gram = flat @ flat.T
+    weighted = (gram.sum() - gram.trace()) / (count - 1) / gram.trace()
+    assert weighted.item() == pytest.approx(-1 / (count - 1), abs=1e-6)
+    logged = head_cosines(torch.nn.Sequential(adapter))["head_cosine"]
+    assert logged == [pytest.approx(-1 / (count - 1), abs=0.01)]
+
+
+def test_the_log_has_null_for_zero_heads_and_nothing_for_one_branch():
+    for method, expected in (("hydralora", {"head_cosine": [None] * 14}), ("lora", {})):
+        model = make_llama()
+        add_adapters(model, AdapterConfig(method, rank=2, heads=3, targets="all-linear"))
+        assert head_cosines(model) == expected
+
+
+def test_the_log_of_a_run_has_the_cosines_of_its_adapter(tmp_path):
+    run(tmp_path, method="hydralora", warmup=0.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stacks = [tensor for name, tensor in tensors.items() if ".heads" in name]
+    loops = [sum(cosine(a[i], a[j]) for i in range(5) for j in range(i)) / 10 for a in stacks]
+    assert sorted(lines[-1]["head_cosine"]) == pytest.approx(sorted(loops), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run of each kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("rlora", "align"):
+        run(folder / method, method=method, warmup=0.0)
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(heads, "SAMPLES", 5)
+
+
+def one_by_one(model, tokenizer, tasks, part):
+    """{layer: a list for each task} of what a part gives for each sample by itself, so without any padding."""
+    found = {}
+    for task_id, task in enumerate(tasks):
+        for sample in task.validation[:5]:
+            with torch.no_grad(), collect_features(model, part) as outputs:
+                model(torch.tensor([encode(tokenizer, sample)[0]]))
+            for name, z in outputs.items():
+                found.setdefault(name, [[] for _ in tasks])[task_id].append(z[0])
+    return found
+
+
+def test_features_and_router_against_samples_one_by_one(trained, short):
+    config, tasks, model, tokenizer = heads.open_finished(trained / "rlora", "cpu")
+    features = heads.collect(model, tokenizer, tasks, config.max_length)
+    expected = one_by_one(model, tokenizer, tasks, "lora_A")
+    assert list(features) == list(expected) == list(find_adapters(model))
+    apart, alike = heads.task_distances(features), heads.task_cosines(features)
+    for name, (first, second) in expected.items():
+        first, second = torch.cat(first), torch.cat(second)
+        assert [len(torch.cat(samples)) for samples in features[name]] == [len(first), len(second)]
+        assert mean_of_pairs(apart[name]).item() == pytest.approx(kl_alignment([first, second]).item(), rel=1e-3)
+        assert apart[name].diagonal().abs().max() < 1e-6 and torch.allclose(apart[name], apart[name].T)
+        assert alike[name][0, 1].item() == pytest.approx(cosine(first.mean(0), second.mean(0)), abs=1e-4)
+    weights = heads.router_weights(heads.collect(model, tokenizer, tasks, config.max_length, "router"))
+    for name, tasks_scores in one_by_one(model, tokenizer, tasks, "router").items():
+        loop = torch.stack([torch.stack([torch.softmax(token, 0) for z in samples for token in z]).mean(0)
+                            for samples in tasks_scores])
+        assert torch.allclose(weights[name], loop, atol=1e-5) and torch.allclose(weights[name].sum(1), torch.ones(2))
+
+
+def test_principal_components_against_the_covariance(trained, short):
+    config, tasks, model, tokenizer = heads.open_finished(trained / "align", "cpu")
+    features = heads.collect(model, tokenizer, tasks, config.max_length)
+    points, owner, shares = heads.principal_components(features)
+    table = torch.cat([torch.stack([z.mean(0) for samples in groups for z in samples])
+                       for groups in features.values()], dim=1).double()
+    table = table - table.mean(0)
+    values, vectors = torch.linalg.eigh(table.T @ table)
+    assert owner.tolist() == [0] * 5 + [1] * 5
+    assert shares == pytest.approx((values.flip(0)[:2] / values.sum()).tolist(), rel=1e-3)
+    assert torch.allclose(points.double().abs(), (table @ vectors.flip(1)[:, :2]).abs(), atol=1e-3)
+
+
+def test_back_to_start_is_the_adapter_that_the_run_began_with(tmp_path):
+    """A single step with a learning rate of 0 (all of the run is warm-up) leaves the start in the file."""
+    run(tmp_path, method="rlora", steps=1, warmup=1.0)
+    config, _, model, _ = heads.open_finished(tmp_path, "cpu")
+    torch.manual_seed(123)
+    heads.back_to_start(model, config)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(parameter, tensors[PREFIX + name + ("" if name.endswith(".weight") else ".weight")])
+
+
+def test_what_is_printed_and_written(trained, short, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = heads.main(["--run", str(trained / "rlora"), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert json.loads((trained / "rlora" / "heads.json").read_text()) == report
+    assert "model.layers.4.mlp.down_proj" in printed.out and "no pictures: they need matplotlib" in printed.err
+    assert list(report["router"]) == ["word_sorting", "dyck_languages"]
+    layers = report["layers"]
+    assert len(layers) == 35 and all(layer["head_cosine_start"] == pytest.approx(-0.25, abs=0.02) for layer in layers)
+    assert all(layer["distance"] != layer["distance_start"] > 0 for layer in layers)
+    mean = sum(layer["distance"] for layer in layers) / 35
+    assert printed.out.splitlines()[37].split()[-1] == f"{mean:.2f}"
+
+    report = heads.main(["--run", str(trained / "align"), "--device", "cpu"])
+    assert report["router"] == {} and report["layers"][0]["head_cosine"] is None
+    assert "router" not in capsys.readouterr().out
+
+
+def test_pictures(trained, short):
+    pytest.importorskip("matplotlib")
+    for method, names in (("rlora", {"heads", "head_cosines"}), ("align", {"heads"})):
+        heads.main(["--run", str(trained / method), "--device", "cpu"])
+        for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+            files = [file for file in (trained / method).iterdir() if file.suffix == suffix]
+            assert {file.stem for file in files} == names
+            assert all(file.read_bytes().startswith(start) for file in files)
+
+
+def test_a_run_that_is_not_finished_is_one_line(tmp_path):
+    run(tmp_path / "run", method="lora", steps=1)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "gone")
+    answer = command("--run", tmp_path / "run", cwd=tmp_path, module="lab.heads")
+    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+    assert "is not finished, so it has no adapter" in answer.stderr

@@ -1,0 +1,270 @@
+"""Any causal language model: families of other shapes than the embedded one, folders, Hub names, dtypes."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import randomize_adapters
+
+from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, load_adapter, merge_adapters, save_adapter
+from tinylora_mtl.run import models, training as train
+from tinylora_mtl.batching import collate, encode, forward, label_loss
+from tinylora_mtl.evaluate import generate_answers, log_likelihoods
+from tinylora_mtl.run.models import load_model, pick_dtype, pick_length
+from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.run.training import TrainConfig
+
+TOKENIZER = load_model("mini", "cpu")[1]
+SMALL = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)
+GATED = SMALL | dict(intermediate_size=48, num_key_value_heads=2, head_dim=8)
+GPT2 = dict(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1,
+            initializer_range=0.3)
+FAMILIES = {  # name: (its configuration, the layers that adapters go into without --targets, of two blocks)
+    "Llama": (GATED, 6), "Mistral": (GATED | dict(sliding_window=16), 6), "Qwen2": (GATED, 6), "Qwen3": (GATED, 6),
+    "Gemma": (GATED, 6), "Gemma2": (GATED | dict(sliding_window=16), 6),
+    "Gemma3Text": (GATED | dict(sliding_window=16), 6),
+    "Olmo2": (GATED, 6), "Granite": (GATED, 6), "Phi3": (GATED, 8), "GPT2": (GPT2, 8),
+    "GPTNeoX": (SMALL | dict(intermediate_size=64), 8),
+    "OPT": (SMALL | dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.3), 12),
+    "Bloom": (SMALL | dict(n_layer=2, n_head=4), 8), "Phi": (SMALL | dict(intermediate_size=64), 12),
+}
+
+
+def make(family):
+    """A random model of a family, large enough in its weights to have an opinion."""
+    name = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    config = {"Gemma3Text": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    torch.manual_seed(0)
+    name = "Gemma3ForCausalLM" if family == "Gemma3Text" else name
+    return getattr(transformers, name)(getattr(transformers, config)(**FAMILIES[family][0])).eval()
+
+
+def make_batch(extra=()):
+    """Four samples of different lengths, and rows of padding length besides."""
+    samples = [*load_tasks(["word_sorting"])[0].train[:2], *load_tasks(["web_of_lies"])[0].train[:2], *extra]
+    return collate([encode(TOKENIZER, sample, 100) for sample in samples], [0] * len(samples), TOKENIZER.pad_token_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_learn_merge_and_come_back_in_every_family(tmp_path, family):
+    model, batch = make(family), make_batch()
+    base = copy.deepcopy(model)
+    adapters = add_adapters(model, AdapterConfig(rank=4, alpha=32))
+    assert len(adapters) == FAMILIES[family][1] and not any("head" in name for name in adapters)
+    torch.testing.assert_close(label_loss(model, batch), label_loss(base, batch), rtol=0, atol=0)
+    optimizer, losses = torch.optim.AdamW(adapter_parameters(model).values(), lr=2e-2), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(label_loss(model, batch))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        trained = forward(model, batch["input_ids"], batch["attention_mask"], 5).logits
+        save_adapter(model, tmp_path / "adapter")
+        load_adapter(base, tmp_path / "adapter")
+        loaded = forward(base, batch["input_ids"], batch["attention_mask"], 5).logits
+        torch.testing.assert_close(loaded, trained, rtol=0, atol=0)
+        merge_adapters(model)
+        model.save_pretrained(tmp_path / "merged")
+        TOKENIZER.save_pretrained(tmp_path / "merged")
+        merged, _, _ = load_model(str(tmp_path / "merged"), "cpu")  # a plain folder, no adapter in it
+        plain = forward(merged, batch["input_ids"], batch["attention_mask"], 5).logits
+        torch.testing.assert_close(plain, trained, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_in_any_family(family):
+    """The loss of a batch is the same beside a far longer row without labels; so are generated and chosen answers."""
+    model, batch = make(family), make_batch()
+    longer = make_batch([("word " * 80, "x")])
+    longer["labels"][-1] = -100
+    assert longer["labels"].shape[1] > batch["labels"].shape[1] + 20
+    torch.testing.assert_close(label_loss(model, longer), label_loss(model, batch), rtol=1e-4, atol=1e-5)
+    samples = [*load_tasks(["word_sorting"])[0].test[:3], *load_tasks(["web_of_lies"])[0].test[:2]]
+    alone = [generate_answers(model, TOKENIZER, [sample], 120)[0].removesuffix(" …") for sample in samples]
+    together = [answer.removesuffix(" …") for answer in generate_answers(model, TOKENIZER, samples, 120)]
+    assert all(a.startswith(b) or b.startswith(a) for a, b in zip(alone, together)) and any(alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_likelihoods_from_the_cache_are_those_of_whole_sequences(family):
+    model = make(family)
+    prompts = [TOKENIZER(prompt)["input_ids"] for prompt, _ in load_tasks(["web_of_lies"])[0].test[:3]] + [[5, 6, 7]]
+    options = [[9, 1], [10, 11, 12, 1], [13], [9, 10, 1]]
+    batch = collate([(prompt, prompt) for prompt in prompts], [0] * 4, TOKENIZER.pad_token_id)
+    with torch.no_grad():
+        found = log_likelihoods(model, batch, options)
+        for prompt, row in zip(prompts, found):
+            for option, value in zip(options, row):
+                logits = model(torch.tensor([prompt + option])).logits[0].log_softmax(-1)
+                whole = sum(logits[len(prompt) + i - 1, token] for i, token in enumerate(option))
+                torch.testing.assert_close(value, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family,method", [("GPT2", "meta"), ("GPTNeoX", "rlora"), ("Qwen2", "align"),
+                                           ("Phi3", "mlora")])
+def test_the_command_trains_on_a_folder_without_a_pad_token(tmp_path, family, method):
+    make(family).save_pretrained(tmp_path / "a model")
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "a model")
+    results = train.main(TrainConfig(
+        model=str(tmp_path / "a model"), tasks=("navigate", "web_of_lies"), method=method, steps=2, batch_size=8,
+        support=4, query=4, tasks_per_round=2, samples=20, device="cpu", split="validation", score="choose",
+        out=str(tmp_path / "run")))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["lr"] == 5e-4 and config["max_length"] == 128  # what the model has positions for
+    assert results["score"] == "choose" and results["samples"] == {"navigate": 100, "web_of_lies": 100}
+    low, high = results["average_after_interval"]
+    assert 0 <= low <= results["average_after"] <= high <= 1 and 0 < results["average_after"] < 1
+
+
+def test_start_tokens_survive_the_cut_from_the_left():
+    start = TOKENIZER.bos_token_id
+    whole, _ = encode(TOKENIZER, ("one two three four five six seven", "x"))
+    cut, labels = encode(TOKENIZER, ("one two three four five six seven", "x"), 8)
+    assert whole[0] == start and len(whole) > 9  # this tokenizer begins every text with it
+    assert cut == [start, *whole[-7:]] and len(labels) == 8
+
+
+def with_processor(normalizer=None, pre_tokenizer=None, template=None):
+    """The embedded model's tokenizer with another way of beginning and ending a text."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = copy.deepcopy(TOKENIZER)
+    backend = tokenizer.backend_tokenizer
+    if normalizer:
+        backend.normalizer = normalizer
+    if template:
+        backend.post_processor = TemplateProcessing(template, special_tokens=[("[S]", 0), ("[E]", 1)])
+    return tokenizer
+
+
+def test_an_end_token_that_the_tokenizer_adds_does_not_stand_before_the_answer():
+    sample = ("one two three", "four")
+    plain = encode(with_processor(template="$A"), sample)[0]
+    assert 0 not in plain and plain.count(1) == 1
+    assert encode(with_processor(template="$A [E]"), sample)[0] == plain
+    assert encode(with_processor(template="[S] $A [E]"), sample)[0] == [0, *plain]
+    assert encode(with_processor(template="[S] $A [E]"), sample, 6)[0] == [0, *plain[-5:]]
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_does_not_double_the_answers():
+    """As SentencePiece's do; the answer's tokens are those that it has after a prompt."""
+    from tokenizers.normalizers import Prepend
+    tokenizer = with_processor(normalizer=Prepend(" "), template="$A")
+    ids = encode(tokenizer, ("say Answer:", "four"))[0]
+    assert ids == [*tokenizer("say Answer: four")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(ids[:-1]) == " say Answer: four"
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_not_used(tmp_path):
+    make("Llama").save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer, _ = load_model(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id < model.config.vocab_size
+    assert generate_answers(model, tokenizer, [("a b c", "x"), ("a", "x")])
+
+
+def test_a_model_that_needs_a_missing_library_is_one_line(tmp_path):
+    make("Llama").save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path), "cpu")
+
+
+def test_a_name_that_is_no_folder_and_not_to_be_had_is_one_line(monkeypatch):
+    class NoNetwork:
+        def model_info(self, name, timeout):
+            raise ConnectionError("no route to the Hub")
+    monkeypatch.setattr(models, "HfApi", NoNetwork)
+    message = (r"unknown model 'someone/model': there is no such folder, and the Hugging Face Hub does not give it "
+               r"\(no route to the Hub\); there are: mini, the path")
+    with pytest.raises(ValueError, match=message):
+        load_model("someone/model", "cpu")
+
+
+def test_a_hub_name_is_taken_from_the_cache_before_the_network_is_asked(tmp_path, monkeypatch):
+    """The cache's own layout, filled by hand; the network would raise."""
+    from huggingface_hub import constants
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    make("Llama").save_pretrained(snapshot)
+    TOKENIZER.save_pretrained(snapshot)
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "HfApi", None)
+    model, tokenizer, _ = load_model("someone/tiny", "cpu")
+    assert model.config.hidden_size == 32 and len(tokenizer) == len(TOKENIZER)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    with pytest.raises(ValueError, match="is not a model in Hugging Face format: the folder has no config.json"):
+        load_model(str(tmp_path), "cpu")
+    make("Llama").save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path), "cpu")
+
+
+def test_code_that_a_model_brings_along_is_not_run(tmp_path):
+    make("Llama").save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemError('the code was run')")
+    with pytest.raises(ValueError, match="trust_remote_code|execute"):
+        load_model(str(tmp_path), "cpu")
+
+
+def test_dtypes():
+    cpu = torch.device("cpu")
+    assert [pick_dtype("auto", saved, cpu) for saved in (torch.bfloat16, torch.float16, torch.float32, None)] \
+        == [torch.float32] * 4
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; there are: auto, float32, bfloat16, float16"):
+        pick_dtype("int8", None, cpu)
+
+
+def test_auto_dtype_on_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+        half = torch.bfloat16 if has_bfloat16 else torch.float32
+        assert [pick_dtype("auto", saved, gpu) for saved in (torch.bfloat16, torch.float16, torch.float32)] \
+            == [half, half, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "rlora", "mlora"])
+def test_half_precision_trains_float32_adapters(dtype, method):
+    """The frozen weights are half, the adapters and the loss are not; gradients point where those in float32 do."""
+    gradients = []
+    for kind in ("float32", dtype):
+        model, _, _ = load_model("mini", "cpu", kind)
+        assert model.dtype == getattr(torch, kind)
+        add_adapters(model, AdapterConfig(method, dropout=0.0))
+        randomize_adapters(model, std=0.02)
+        loss = label_loss(model, make_batch())
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter_parameters(model).values()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > (0.99 if dtype == "bfloat16" else 0.999)
+
+
+def test_lengths():
+    model = make("GPT2")
+    assert pick_length(model, None) == 128 and pick_length(model, 100) == 100
+    with pytest.raises(ValueError, match="--max-length 129 is more than the 128 positions that the model has"):
+        pick_length(model, 129)
+    assert pick_length(make("Bloom"), None) in (128, 512)  # it has no position embeddings, so nothing to run out of

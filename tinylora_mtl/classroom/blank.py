@@ -1,0 +1,77 @@
+"""Make a handout for a class: python -m tinylora_mtl.classroom.blank DIR
+
+The package with the bodies of the exercises taken out, their tests, and the README. An exercise is a function whose
+docstring begins with [ex1], [ex2], …: that docstring is its whole specification. A student fills the bodies in, runs
+`pytest -m ex1`, and at the end `python -m tinylora_mtl.train` runs on the student's own code.
+"""
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+from ..run.cli import Parser, run_command
+
+PACKAGE = Path(__file__).parents[1]
+BESIDE = ("README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
+TAG = re.compile(r"\[(ex\d+)\] ")
+
+
+def exercises(source):
+    """The exercises in the text of a module: [(tag, function's name, first line of its body, last line), ...].
+
+    Lines count from 1; the body is what comes after the docstring.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        tag = TAG.match((isinstance(node, ast.FunctionDef) and ast.get_docstring(node)) or "")
+        if tag:
+            found.append((tag[1], node.name, node.body[1].lineno, node.end_lineno))
+    return sorted(found, key=lambda exercise: exercise[2])
+
+
+def blanked(source):
+    """The text of a module with an error in place of the body of every exercise."""
+    lines = source.splitlines(keepends=True)
+    for tag, name, first, last in reversed(exercises(source)):
+        indent = re.match(" *", lines[first - 1])[0]
+        lines[first - 1:last] = [f'{indent}raise NotImplementedError("exercise {tag}, {name}, is still to be done")\n']
+    return "".join(lines)
+
+
+def make_handout(folder):
+    """Write the handout to a new folder; returns the exercises, [(tag, file, function's name), ...].
+
+    Raises FileExistsError for a folder that is there already (it may hold a student's work), and FileNotFoundError
+    where there is only the installed package, without the tests and the README.
+    """
+    folder, root = Path(folder), PACKAGE.parent
+    missing = [name for name in BESIDE if not (root / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"a handout is made from a copy of the source: there is no {root / missing[0]}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; name a new folder")
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    found = []
+    for file in sorted((folder / PACKAGE.name).rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        found += [(tag, file.name, name) for tag, name, _, _ in exercises(source)]
+        file.write_text(blanked(source), encoding="utf-8", newline="\n")
+    (folder / "tests" / "classroom").mkdir(parents=True)
+    for name in BESIDE:
+        shutil.copyfile(root / name, folder / name)
+    return sorted(found)
+
+
+def main(argv=None):
+    """Make a handout and say what is in it."""
+    parser = Parser("classroom.blank", __doc__)
+    parser.add_argument("folder", metavar="DIR", help="a new folder for the handout")
+    folder = parser.parse_args(argv).folder
+    for tag, file, name in make_handout(folder):
+        print(f"{tag}  {file:14} {name}")
+    print(f"the handout is in {folder}; there: pip install -e '.[test]', then pytest -m ex1")
+
+
+if __name__ == "__main__":
+    run_command(main)

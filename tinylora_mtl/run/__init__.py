@@ -1,0 +1,7 @@
+"""Everything around the training loop, for people who run it; the methods are in the files above this folder.
+
+Read `training.py` first: a run from its settings to its results. `loop.py` is what happens between two steps (log,
+checkpoints, signals, steps passed over), `gradients.py` a step in micro-batches or shared by processes, `scoring.py`
+accuracies with their intervals and the command `evaluate`. The rest serves these and can be skipped: flags and checks
+(`settings.py`), models, adapter files, checkpoints, the run folder, processes under torchrun, files, command lines.
+"""

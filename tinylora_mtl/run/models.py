@@ -1,0 +1,144 @@
+"""The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
+
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..adapters import adapter_parameters
+from ..batching import label_loss, random_aside
+
+MINI = Path(__file__).parents[1] / "assets" / "mini"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name, device="auto", dtype="auto"):
+    """(model, tokenizer, device) of a causal language model, in evaluation mode.
+
+    name: "mini", the embedded model; a local folder in Hugging Face format; or a Hub name such as
+        "HuggingFaceTB/SmolLM2-135M", of which a copy in the Hub's local cache is used without asking the network.
+    device: a torch device, or "auto": CUDA, then Apple's MPS, then the CPU.
+    dtype: of the frozen weights (adapters are float32 always): a key of DTYPES, or "auto": bfloat16 for a model that
+        was saved in half precision, on a GPU that computes in bfloat16; float32 everywhere else.
+
+    Code that a model brings along is never run. Raises ValueError for what is not there or cannot be loaded.
+    """
+    source = MINI if name == "mini" else Path(name)
+    if not source.is_dir():
+        return load_from_hub(name, pick_device(device), dtype)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
+    return load(source, pick_device(device), dtype, local_files_only=True)
+
+
+def load_from_hub(name, device, dtype):
+    """As `load_model`, from the Hub: from its local cache if the model is there, else from the network."""
+    try:
+        return load(name, device, dtype, local_files_only=True)
+    except OSError:
+        pass  # not in the cache
+    try:  # asked once, because loading itself would try for most of a minute before it gave up
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of several kinds, by what is wrong and by the version of huggingface_hub
+        raise ValueError(f"unknown model {name!r}: there is no such folder, and the Hugging Face Hub does not give it "
+                         f"({str(error).strip() or type(error).__name__}); there are: mini, the path of a folder in "
+                         "Hugging Face format (no network needed), or a Hub name") from error
+    return load(name, device, dtype, local_files_only=False)
+
+
+def load(source, device, dtype, local_files_only):
+    """(model, tokenizer, device) from a folder or a Hub name."""
+    logging.disable_progress_bar()  # loading is too quick for a bar of its own
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is amiss is said below, in a line
+    options = {"local_files_only": local_files_only, "trust_remote_code": False}  # code it brings along is never run
+    try:
+        dtype = pick_dtype(dtype, AutoConfig.from_pretrained(source, **options).dtype, device)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options,
+            adapter_kwargs={"local_files_only": local_files_only})  # for peft, if it is there
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (ValueError, RuntimeError, SafetensorError, UnpicklingError, KeyError, TypeError, ImportError) as error:
+        # a spoiled or foreign file, or one that needs a library which is not here
+        raise ValueError(f"the model in {source} cannot be loaded: {str(error):.300}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(f"the model in {source} lacks weights, {sorted(found['missing_keys'])[0]} for one: random ones "
+                         "would stand in for them; give the whole model")
+    model.to(device).eval()
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do that the model has
+    return model, tokenizer, device
+
+
+def checkpoint_layers(model):
+    """Have the layers computed anew in the backward pass, with the same dropout, while the model is in training mode.
+
+    Not reentrant: with that kind the features would have no gradient (Align-LoRA), and `autograd.grad` (MeTA-LoRA)
+    would not work. Raises ValueError for a model that cannot do it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False})
+
+
+def compile_model(model, batch):
+    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line says why.
+
+    torch compiles when the model is first called, so it is tried here on a batch, forward and backward.
+    """
+    compiled = torch.compile(model, dynamic=True)  # batches differ in length
+    try:
+        with random_aside(model):
+            torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
+        return compiled
+    except Exception as error:  # of many kinds, by what is missing
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"torch.compile does not work here ({reason:.200}): going on without it")
+        return model
+
+
+def pick_device(device):
+    """The torch device of that name; "auto" takes the best there is. Raises ValueError if it is not to be had.
+
+    Of several GPUs, each of the processes that torchrun started takes its own.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on "cuda" is this one
+        torch.zeros((), device=device).item()  # `meta` has tensors, but no numbers in them
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
+        raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error
+
+
+def pick_dtype(dtype, saved, device):
+    """The torch dtype of that name for a model that was saved as `saved`; see `load_model` for "auto"."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    half = saved in (torch.bfloat16, torch.float16)
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if half and gpu else torch.float32
+
+
+def pick_length(model, max_length):
+    """The longest sample in tokens: `max_length`; if that is None, 512 or what the model has positions for.
+
+    Raises ValueError for a length of which the model cannot tell all positions apart."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    if max_length is None:
+        return min(512, positions)
+    if max_length > positions:
+        raise ValueError(f"--max-length {max_length} is more than the {positions} positions that the model has")
+    return max_length
