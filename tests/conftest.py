@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for so small models a second thread costs more than it gives
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinylora_mtl import adapter_parameters
-from tinylora_mtl.run import training as train
+from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.run import loop, training
 
 # Settings of a run that takes a second or two.
 TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
@@ -21,7 +25,7 @@ TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, ran
 
 def run(folder, **changes):
     """A tiny run in this process; returns its results."""
-    return train.main(train.TrainConfig(**TINY | {"out": str(folder)} | changes))
+    return training.run(TrainConfig(**TINY | {"out": str(folder)} | changes))
 
 
 def flags_of(**settings):
@@ -99,19 +103,23 @@ def few(monkeypatch):
     """Two samples of a task to score instead of a hundred: scoring is not what these tests are about."""
     def load(*args):
         return [replace(task, validation=task.validation[:2]) for task in load_tasks(*args)]
-    monkeypatch.setattr(train, "load_tasks", load)
+    monkeypatch.setattr(training, "load_tasks", load)
 
 
 def at_step(monkeypatch, number, action):
     """Have `action()` called in the middle of the n-th step that is computed from now on."""
     count = itertools.count(1)
-    for name in ("multitask_step", "meta_step"):
-        def step(*args, original=getattr(train, name)):
-            result = original(*args)
+
+    def gradients_for(config, original=loop.gradients_for):
+        gradients = original(config)
+
+        def step(model, batch, config):
+            metrics = gradients(model, batch, config)
             if next(count) == number:
                 action()
-            return result
-        monkeypatch.setattr(train, name, step)
+            return metrics
+        return step
+    monkeypatch.setattr(loop, "gradients_for", gradients_for)
 
 
 def kill():

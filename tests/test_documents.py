@@ -22,6 +22,7 @@ from tinylora_mtl.lab.plan import make_plan
 from tinylora_mtl.lab.report import filled
 
 ROOT = Path(tinylora_mtl.__file__).parents[1]
+READMES = ["README.md", "tinylora_mtl/run/README.md", "tinylora_mtl/lab/README.md"]
 BLOCK = re.compile(r"(?:(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```)", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -58,7 +59,7 @@ def run_block(language, body, names, more=None):
         return printed.getvalue()
     printed = ""
     for module, flags in commands(body):
-        done = run_command(module, [*flags, *(more or {}).get(module, [])])
+        done = run_command(module, [*flags, *((more or {}).get(module, []) if "--resume" not in flags else [])])
         assert done.returncode == 0, f"{module} {flags}\n{done.stderr}"
         printed += done.stdout
     return printed
@@ -87,20 +88,21 @@ def test_what_is_the_same():
     assert same("a\nb\nc\nd\ne", "a\n...\nd\ne") and not same("a\nb\nc\nd\ne", "a\n...\nc\ne")
 
 
-@pytest.mark.parametrize("name", ["README.md", "walkthrough.md"])
+@pytest.mark.parametrize("name", ["walkthrough.md", *READMES])
 def test_what_is_made_from_files_and_source_is_up_to_date(name):
     """python -m tinylora_mtl.lab.report README.md walkthrough.md makes it anew."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert filled(text) == text
 
 
-@pytest.mark.parametrize("name", tinylora_mtl.__all__)
-def test_help_teaches(name):
-    """help(tinylora_mtl.NAME): the shapes, what can go wrong, and the paper."""
-    text = inspect.getdoc(getattr(tinylora_mtl, name))
-    assert re.search(r"\[[^\]]*\b(d_in|d_out|r)\b[^\]]*\]", text), "no shapes"
-    assert re.search(r"[Rr]aises (ValueError|FileNotFoundError|nothing)", text), "no errors"
-    assert re.search(r"(arXiv|and|,) \d{4}\.\d{5}", text) and "arXiv" in text, "no source"
+def test_the_line_counts_of_the_reading_list():
+    """The README says how long each file of the core is, and names them all."""
+    rows = re.findall(r"^\| (\[.*?\)) \| ([\d, ]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    stated = {name: int(lines) for names, counts in rows
+              for name, lines in zip(re.findall(r"\((tinylora_mtl/\w+\.py)\)", names), counts.split(", "), strict=True)}
+    counted = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+               for path in (ROOT / "tinylora_mtl").glob("*.py") if path.name != "__init__.py"}
+    assert stated == counted
 
 
 def test_everything_public_has_a_docstring():
@@ -144,7 +146,7 @@ def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_readme_runs_from_start_to_end(tmp_path, monkeypatch):
+def test_the_readmes_run_from_start_to_end(tmp_path, monkeypatch):
     """In a copy of the source, with the reader's own model and tasks beside it.
 
     Runs whose output is not shown take two steps, and bench measures its shortest row. What needs the Hub is run up to
@@ -158,9 +160,10 @@ def test_the_readme_runs_from_start_to_end(tmp_path, monkeypatch):
         shutil.copytree(desk / "path" / "to" / "a" / "task", desk / name)
     monkeypatch.chdir(desk)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    more = {"train": ["--steps", "2"], "bench": ["--rows", "13", "--repeats", "1"]}
+    more = {"train": ["--steps", "2"], "lab.bench": ["--rows", "13", "--repeats", "1"]}
     names, printed, seen = {"__name__": "readme"}, "", []
-    for mark, language, body in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+    for mark, language, body in blocks(text):
         seen.append(mark or language)
         if mark == "the main job":  # .ci/run runs it as it stands
             printed = run_block("bash", body, names, more)
@@ -174,9 +177,9 @@ def test_the_readme_runs_from_start_to_end(tmp_path, monkeypatch):
         elif mark == "takes hours":
             for module, flags in commands(body):
                 plan = make_plan(compare.parse(flags))
-                assert module == "compare" and len(plan.runs()) >= 20
+                assert module == "lab.compare" and len(plan.runs()) >= 20
         elif mark != "the tests":
-            printed = run_block(language, body, names, None if "--resume" in body else more)
+            printed = run_block(language, body, names, more)
     assert {"the main job", "the tests", "text", "bash", "python", "takes hours"} <= set(seen)
 
 

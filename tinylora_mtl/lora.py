@@ -37,12 +37,12 @@ class LoRALinear(nn.Module):
         d_in, d_out = linear_shape(base)
         self.scaling = lora_scaling(alpha, rank, rank_stabilized)
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
-        self.base = base.requires_grad_(False)
         options = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(d_in, rank, **options)  # starts as Kaiming-uniform(a = sqrt 5): U(-1/√d_in, 1/√d_in)
         self.lora_B = nn.Linear(rank, d_out, **options)
         nn.init.zeros_(self.lora_B.weight)  # so that the adapted layer starts as the base layer, exactly
         self.dropout = nn.Dropout(dropout)
+        self.base = base.requires_grad_(False)
 
     def forward(self, x):
         """[ex1] y = W x + b + s · B A drop(x), in the type that the base layer returns.
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         output can be collected.
         """
         y = self.base(x)  # [..., d_out]
-        with branch_precision(x) as x:
+        with branch_precision(x) as x:  # float32, or bfloat16 beside a bfloat16 layer
             z = self.lora_A(self.dropout(x))  # [..., r]
             return y + self.lora_B(self.scaling * z).to(y.dtype)  # s times r values of z, not times d_out of y
 

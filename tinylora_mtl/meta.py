@@ -10,7 +10,7 @@ set S_i and a query set Q_i are drawn, disjoint, from its few training samples, 
 training, in which each task counts the same, however long its answers are.
 
 Sources: MeTA-LoRA, arXiv 2510.11598; the first-order form is MAML's, arXiv 1703.03400, section 5.2. The sizes (k, α, β,
-n, |S|, |Q|) are not known from the sources: the defaults in `settings.py` are this project's choice.
+n, |S|, |Q|) are not known from the sources: the defaults in `config.py` are this project's choice.
 """
 
 from contextlib import contextmanager
@@ -18,39 +18,34 @@ from contextlib import contextmanager
 import torch
 
 from .adapters import adapter_parameters
-from .batching import label_loss, random_aside
+from .loss import label_loss
 
 
 def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
     """[ex8] Both stages for one round: the gradient g that the outer optimiser is to apply to the shared adapter.
 
     Args:
-        model: a model with adapters, at θ.
+        model: a model with adapters, at θ: A [r, d_in] and B [d_out, r] of each layer.
         episodes: [(support_batch, query_batch), ...], one pair for each of the n tasks.
         inner_lr: α, the step size of the plain gradient descent of stage 1.
         inner_steps: k, how many of those steps; 0 gives the plain multi-task gradient over the query sets.
-        losses: a list, if given, to which each task's (support loss before, support loss after, query loss) is added
-            as detached tensors (the first two are the same if k = 0); the middle one costs a forward pass, so it is for
-            steps that are logged.
+        losses: a list, if given, to which each task's [L(S_i) before each inner step ..., L(Q_i; θ_i)] is added.
 
-    `adapted_to` does stage 1, `gradients_of` and `support_loss` the rest of the work.
-
-    Returns {parameter name: g, of the parameter's shape}, A's [r, d_in] and B's [d_out, r]. Raises ValueError for a
-    batch without labels, and the adapter is θ again then too. Every parameter is as it was, no `.grad` is touched, and
-    stage 1 draws its random numbers (dropout) aside, so the random state is as if there had been only stage 2. Tasks
-    come one after another and no step is differentiated through, so memory does not grow with n or k.
+    `adapted_to` does stage 1, `gradients_of` takes a gradient. Returns {parameter name: g, of the parameter's shape}.
+    Every parameter is as it was, no `.grad` is touched, and the random state is as if there had been only stage 2.
+    Tasks come one after another and no step is differentiated through, so memory does not grow with n or k. Raises
+    ValueError for a batch without labels, and the adapter is θ again then too.
     Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.
     """
     parameters = adapter_parameters(model)
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for support, query in episodes:
-        with adapted_to(model, support, inner_lr, inner_steps) as before:
-            after = support_loss(model, support) if losses is not None else None
+        with adapted_to(model, support, inner_lr, inner_steps) as support_losses:
             loss = label_loss(model, query)  # a forward pass at θ_i
             for g, gradient in zip(total.values(), gradients_of(loss, parameters)):
                 g += gradient / len(episodes)  # g ← mean_i ∇ L(Q_i; θ_i)
         if losses is not None:
-            losses.append((before if before is not None else after, after, loss.detach()))
+            losses.append([*support_losses, loss.detach()])
     return total
 
 
@@ -58,18 +53,18 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
 def adapted_to(model, support, inner_lr, inner_steps):
     """Stage 1: within the block the adapter is θ_i, adapted to a task's support batch; after it, θ again.
 
-    Yields the support loss before the first step (None without steps).
+    Yields [L(S_i; θ_i) before each of the k steps], detached. Random numbers (dropout) are drawn aside.
     """
     parameters = adapter_parameters(model)
     shared = [parameter.detach().clone() for parameter in parameters.values()]  # θ
-    before = None
+    losses = []
     try:
-        with random_aside(model):
+        with fork_rng(model):
             for _ in range(inner_steps):
                 loss = label_loss(model, support)
-                before = loss.detach() if before is None else before
                 inner_step(parameters.values(), gradients_of(loss, parameters), inner_lr)
-        yield before
+                losses.append(loss.detach())
+        yield losses
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters.values(), shared):
@@ -88,7 +83,7 @@ def gradients_of(loss, parameters):
     return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
 
 
-def support_loss(model, support):
-    """The loss on a batch, for the log: no gradient, and no random number used up."""
-    with torch.no_grad(), random_aside(model):
-        return label_loss(model, support)
+def fork_rng(model):
+    """Within the block random numbers are drawn aside: those after it are as if there had been none."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -35,7 +35,6 @@ class MultiHeadLoRALinear(nn.Module):
         dropout: on x before A, with a mask of its own for every head (HydraLoRA).
         head_dropout: multi-head dropout, on the r values of z, with a mask of its own for every head (R-LoRA).
         random_init: start as R-LoRA does (`random_start`), with a uniform router, instead of from B_i = 0.
-        gamma: γ of R-LoRA's start.
         routed: weigh the heads by a router (True) or add them up (False, M-LoRA).
 
     Attributes: `lora_A` (nn.Linear d_in -> r), `heads` (Parameter [N, d_out, r]), `router` (nn.Linear d_in -> N, or
@@ -47,39 +46,39 @@ class MultiHeadLoRALinear(nn.Module):
     Sources: arXiv 2404.19245 (HydraLoRA), 2502.15455 (R-LoRA, table 1 and figure 4), 2508.05078 (M-LoRA).
     """
 
-    def __init__(self, base, rank, alpha, heads, dropout=0.0, head_dropout=0.0, random_init=False, gamma=64,
-                 routed=True, rank_stabilized=False):
+    def __init__(self, base, rank, alpha, heads, dropout=0.0, head_dropout=0.0, random_init=False, routed=True,
+                 rank_stabilized=False):
         super().__init__()
         if heads < 1 or (random_init and heads < 2):
             raise ValueError(f"heads must be at least {2 if random_init else 1}, got {heads}")
         d_in, d_out = linear_shape(base)
         self.scaling = lora_scaling(alpha, rank, rank_stabilized)
         self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
-        self.base = base.requires_grad_(False)
         float32 = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(d_in, rank, bias=False, **float32)  # Kaiming-uniform(a = sqrt 5)
         self.heads = nn.Parameter(torch.zeros(heads, d_out, rank, **float32))
         self.router = nn.Linear(d_in, heads, bias=False, **float32) if routed else None
         self.dropout, self.head_dropout = nn.Dropout(dropout), nn.Dropout(head_dropout)
         if random_init:
-            random_start(self.lora_A.weight, self.heads, gamma)
+            random_start(self.lora_A.weight, self.heads)
             if routed:
                 nn.init.zeros_(self.router.weight)  # w = 1/N at first; any other router would let Σ w_i B_i drift off 0
+        self.base = base.requires_grad_(False)
 
     def forward(self, x):
         """y = W x + b + s · Σ_i w_i(x) · B_i z_i; x [..., d_in] -> y [..., d_out], in the type of the base layer."""
         y = self.base(x)  # [..., d_out]
-        count = len(self.heads)  # N
-        with branch_precision(x) as branch_x:
-            if self.training and self.dropout.p > 0:
-                z = torch.stack([self.lora_A(self.dropout(branch_x)) for _ in range(count)], dim=-2)  # [..., N, r]
-            else:
-                z = self.lora_A(branch_x).unsqueeze(-2).expand(*x.shape[:-1], count, self.rank)  # [..., N, r]
-        z = self.head_dropout(z)  # a mask for each of the N·r values, so one for every head
-        # The router is outside of the blocks, so that it computes in float32.
-        weights = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # [..., N]
-        with branch_precision(x):
-            return y + combine_heads(self.scaling * z, weights, self.heads).to(y.dtype)
+        w = None if self.router is None else torch.softmax(self.router(x.float()), dim=-1)  # [..., N], in float32
+        with branch_precision(x) as branch_x:  # float32, or bfloat16 beside a bfloat16 layer
+            z = self.head_dropout(self.head_inputs(branch_x))  # [..., N, r]: masks of its own for every head
+            return y + combine_heads(self.scaling * z, w, self.heads).to(y.dtype)
+
+    def head_inputs(self, x):
+        """z_i of every head, [..., N, r]: A drop_i(x) with HydraLoRA's masks on x, else A x for all of them."""
+        if self.training and self.dropout.p > 0:
+            return torch.stack([self.lora_A(self.dropout(x)) for _ in range(len(self.heads))], dim=-2)
+        z = self.lora_A(x)  # [..., r]
+        return z.unsqueeze(-2).expand(*z.shape[:-1], len(self.heads), self.rank)
 
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""
@@ -101,7 +100,7 @@ def combine_heads(z, weights, heads):
 
 
 @torch.no_grad()
-def random_start(A, heads, gamma):
+def random_start(A, heads, gamma=64):
     """[ex4] R-LoRA's random start, in place: A [r, d_in] and heads [N, d_out, r] (arXiv 2502.15455, table 1).
 
         A ~ d_out^¼ / √γ · 𝒩(0, 1/d_in)        B_i ~ d_out^¼ / √γ · 𝒩(0, 1/d_out)        (variances)

@@ -1,16 +1,14 @@
-"""Adapters in, out, merged, saved and loaded: the base is never changed, and a file says all there is to say."""
-
-import json
+"""Adapters in, out and merged: the base is never changed."""
 
 import pytest
 import torch
 from conftest import make_batch, make_llama, randomize_adapters
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, load_adapter, merge_adapters, remove_adapters, save_adapter
-from tinylora_mtl.adapters import METHODS
+from tinylora_mtl import (AdapterConfig, LoRALinear, adapter_parameters, add_adapters, merge_adapters,
+                          remove_adapters)
+from tinylora_mtl.adapters import LAYERS
 
 IDS = make_batch()["input_ids"]
 
@@ -28,7 +26,7 @@ def config_for(method, **changes):
     return AdapterConfig(**{"method": method, "rank": 3, "alpha": 6, "heads": 4} | changes)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERS)
 def test_step_zero_equals_the_base_and_removing_gives_it_back_bit_for_bit(llama, method):
     before, weights = logits(llama), state(llama)
     add_adapters(llama, config_for(method))
@@ -45,7 +43,7 @@ def test_step_zero_equals_the_base_and_removing_gives_it_back_bit_for_bit(llama,
     assert all(parameter.requires_grad for parameter in llama.parameters())  # as it was before
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERS)
 def test_adapters_take_the_mode_of_their_layer(llama, method):
     """from_pretrained returns a model in evaluation mode; its adapters must not drop anything then."""
     before = llama(IDS).logits
@@ -55,7 +53,7 @@ def test_adapters_take_the_mode_of_their_layer(llama, method):
     assert all(adapter.training for adapter in add_adapters(llama.train(), config_for(method)).values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERS)
 def test_only_the_adapters_train(llama, method):
     adapters = add_adapters(llama, config_for(method))
     assert len(adapters) == 2 * 3  # gate, up and down projections of two layers
@@ -65,14 +63,49 @@ def test_only_the_adapters_train(llama, method):
     assert len(adapter_parameters(llama)) == 6 * per_layer
 
 
+@pytest.mark.parametrize("method,router,on_x,on_z,s,random", [  # as in the papers' tables; s of rank 4, alpha 32
+    ("lora", False, 0.0, None, 8.0, None), ("hydralora", True, 0.0, 0.0, 8.0, False),
+    ("rlora", True, 0.0, 0.1, 16.0, True), ("mlora", False, 0.0, 0.1, 16.0, True)])
+def test_what_sets_the_methods_apart(method, router, on_x, on_z, s, random):
+    def adapter_of(**changes):
+        return add_adapters(make_llama(), AdapterConfig(method, rank=4, alpha=32, **changes)).popitem()[1]
+
+    def rates(adapter):
+        return adapter.dropout.p, adapter.head_dropout.p if method != "lora" else None
+    adapter = adapter_of()
+    assert (getattr(adapter, "router", None) is not None) == router
+    assert rates(adapter) == (on_x, on_z) and adapter.scaling == s
+    assert adapter_of(rank_stabilized=s == 8.0).scaling == 24.0 - s  # the other one
+    assert rates(adapter_of(dropout=0.3)) == (0.0 if on_z else 0.3, 0.3 if on_z else on_z)
+    if method != "lora":
+        assert adapter.heads.shape == (5, 16, 4) and bool(adapter.heads.any()) == random
+        assert bool(adapter_of(random_init=not random).heads.any()) != random
+        assert len(adapter_of(heads=2).heads) == 2
+
+
+def test_defaults_of_the_config():
+    assert AdapterConfig() == AdapterConfig("lora", rank=8, alpha=16, dropout=None, heads=5, targets=None)
+
+
 def test_targets(llama):
     assert len(add_adapters(llama, config_for("lora", targets=("q_proj", "layers.0.mlp.up_proj")))) == 3
     remove_adapters(llama)
     names = list(add_adapters(llama, config_for("lora", targets="all-linear")))
     assert len(names) == 14 and "lm_head" not in names
     remove_adapters(llama)
+    assert len(add_adapters(llama, config_for("lora", targets="up_proj"))) == 2
+    remove_adapters(llama)
+    assert list(add_adapters(llama, config_for("lora", targets=("lm_head", "layers.0.mlp.up_proj")))) == [
+        "model.layers.0.mlp.up_proj", "lm_head"]  # in the model's order
+    remove_adapters(llama)
+    llama.model.layers = llama.model.layers[:1]
+    llama.model.layers[0].mlp.up_proj = nn.Identity()  # no longer all of the papers' targets: all but the head
+    assert len(add_adapters(llama, config_for("lora"))) == 6
+    remove_adapters(llama)
     with pytest.raises(ValueError, match="c_attn.*down_proj, gate_proj, k_proj, lm_head, o_proj"):
         add_adapters(llama, config_for("lora", targets=("c_attn",)))
+    with pytest.raises(ValueError, match="the target 'proj'"):  # the last part of a name, not its last letters
+        add_adapters(llama, config_for("lora", targets=("q_proj", "proj")))
     assert not adapter_parameters(llama)
 
 
@@ -107,6 +140,23 @@ def test_merged_equals_adapted(llama, method):
     torch.testing.assert_close(logits(llama), adapted, atol=1e-5, rtol=1e-5)
 
 
+def test_merging_rounds_once_to_the_type_of_the_base(llama):
+    llama.to(torch.bfloat16)
+    adapters = add_adapters(llama, config_for("lora"))
+    randomize_adapters(llama)
+    expected = {name: (adapter.base.weight.float() + 2 * adapter.lora_B.weight @ adapter.lora_A.weight).bfloat16()
+                for name, adapter in adapters.items()}
+    merge_adapters(llama)
+    assert all(torch.equal(llama.get_submodule(name).weight, weight) for name, weight in expected.items())
+
+
+def test_adapters_put_in_by_hand_come_out_too():
+    """Without add_adapters nobody froze the rest, so nothing is said about what trains."""
+    model = nn.Sequential(LoRALinear(nn.Linear(4, 5), rank=2, alpha=2), nn.Linear(5, 2))
+    remove_adapters(model)
+    assert type(model[0]) is nn.Linear and not model[0].weight.requires_grad and model[1].weight.requires_grad
+
+
 def test_merging_a_tied_weight_is_refused():
     model = make_llama(tie_word_embeddings=True)
     add_adapters(model, config_for("lora", targets=("lm_head",)))
@@ -127,22 +177,6 @@ def test_merging_a_routed_adapter_is_refused_and_changes_nothing(llama, method):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in llama.state_dict().items())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("changes", [{}, {"rank_stabilized": True, "alpha": 5.0}, {"rank_stabilized": False}])
-def test_a_reloaded_adapter_gives_the_same_logits(tmp_path, method, changes):
-    model = make_llama()
-    add_adapters(model, config_for(method, targets="all-linear", **changes))
-    randomize_adapters(model)
-    expected = logits(model)
-    save_adapter(model, tmp_path / "a folder")
-    other = make_llama()
-    load_adapter(other, tmp_path / "a folder")
-    assert torch.equal(logits(other), expected)
-    save_adapter(other, tmp_path / "again")  # and saving what was loaded writes the same files
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "a folder" / file).read_bytes()
-
-
 def test_half_precision_base_has_float32_adapters(llama):
     llama.to(torch.bfloat16)
     add_adapters(llama, config_for("rlora"))
@@ -151,75 +185,17 @@ def test_half_precision_base_has_float32_adapters(llama):
     assert all(parameter.grad is not None for parameter in adapter_parameters(llama).values())
 
 
-def saved(tmp_path, method="lora"):
-    model = make_llama()
-    add_adapters(model, config_for(method))
-    save_adapter(model, tmp_path)
-    return tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-
-
-def rewrite(file, change):
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-def corrupt(kind, config, weights):
-    """One way to spoil an adapter folder; returns what the message must name."""
-    tensors = load_file(weights)
-    key = next(iter(tensors))
-    if kind == "no weights":
-        weights.unlink()
-        return "adapter_model.safetensors"
-    if kind == "cut off":
-        weights.write_bytes(weights.read_bytes()[:-10])
-        return "cannot? be read|can be read"
-    if kind == "not json":
-        config.write_text("{")
-        return "can be read"
-    if kind == "foreign":
-        rewrite(config, lambda c: c.update(peft_type="IA3"))
-        return "IA3"
-    if kind == "dora":
-        rewrite(config, lambda c: c.update(use_dora=True))
-        return "use_dora"
-    if kind == "shape":
-        save_file(tensors | {key: torch.zeros(2, 2)}, weights)
-        return rf"{key} has shape \[2, 2\], not"
-    if kind == "missing":
-        tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
-        save_file(tensors, weights)
-        return "up_proj.lora_B.weight is missing"
-    if kind == "extra":
-        save_file(tensors | {"more": torch.zeros(2)}, weights)
-        return "more is not known"
-    save_file({k.replace("layers.1", "layers.7"): v for k, v in tensors.items()}, weights)
-    return "no layer model.layers.7"
-
-
-@pytest.mark.parametrize("kind", ["no weights", "cut off", "not json", "foreign", "dora", "shape", "missing", "extra",
-                                  "other model"])
-def test_a_bad_adapter_folder_is_refused_and_the_model_left_alone(tmp_path, kind):
-    message = corrupt(kind, *saved(tmp_path))
-    model = make_llama()
-    before = state(model)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_adapter(model, tmp_path)
-    assert list(model.state_dict()) == list(before)
-
-
-def test_adding_twice_and_saving_nothing_are_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="no adapters to save"):
-        save_adapter(llama, tmp_path)
+def test_what_cannot_be_is_refused_and_freezes_nothing(llama):
+    before = list(llama.state_dict())
+    for config, message in [(config_for("dora"), "unknown method 'dora'; there are: lora, hydralora, rlora, mlora"),
+                            (config_for("lora", rank=0), "rank must be at least 1"),
+                            (config_for("rlora", heads=1), "heads must be at least 2"),
+                            (config_for("lora", dropout=1.0), "dropout must be at least 0 and below 1, got 1.0"),
+                            (config_for("mlora", dropout=-0.1), "dropout must be at least 0 and below 1, got -0.1"),
+                            (config_for("lora", targets=("up_proj", "c_attn")), "no linear layer matches")]:
+        with pytest.raises(ValueError, match=message):
+            add_adapters(llama, config)
+    assert list(llama.state_dict()) == before and all(parameter.requires_grad for parameter in llama.parameters())
     add_adapters(llama, config_for("lora"))
     with pytest.raises(ValueError, match="already has adapters"):
         add_adapters(llama, config_for("lora"))
-    remove_adapters(llama)
-    with pytest.raises(ValueError, match="unknown method 'dora'; there are: lora, hydralora, rlora, mlora"):
-        add_adapters(llama, config_for("dora"))
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        add_adapters(llama, config_for("lora", rank=0))
-    llama.model.layers[0].self_attn.q_proj = nn.Linear(32, 32)
-    with pytest.raises(ValueError, match="rank 300 is too large for a layer of 16 x 24"):  # but not for the first
-        add_adapters(llama, config_for("lora", rank=300, targets=("q_proj", "gate_proj")))
-    assert all(parameter.requires_grad for parameter in llama.parameters())  # a refusal freezes nothing

@@ -1,13 +1,11 @@
-"""Encoding, balanced batches, episodes, and the loss."""
+"""Encoding, balanced batches and episodes."""
 
 from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import make_batch
 
-from tinylora_mtl.batching import BalancedBatches, collate, encode, label_logits, label_loss, split_batch
+from tinylora_mtl.batching import BalancedBatches, Episodes, collate, encode, encode_prompt, encode_target
 from tinylora_mtl.data.tasks import Task
 
 
@@ -16,11 +14,21 @@ class Letters:
 
     eos_token_id, pad_token_id = 2, 0
 
-    def __call__(self, text, add_special_tokens=True, truncation=False, max_length=None):
-        letters = [3 + ord(letter) % 47 for letter in text]
-        if truncation:
-            letters = letters[max(0, len(letters) + 1 - max_length):]
-        return {"input_ids": [1] * add_special_tokens + letters}
+    def __init__(self, begins=True, ends=False, space_first=False):  # what a tokenizer may add to a text
+        self.begins, self.ends, self.space_first = begins, ends, space_first
+
+    def __call__(self, text, add_special_tokens=True):
+        letters = [3 + ord(letter) % 47 for letter in " " * self.space_first + text]
+        return {"input_ids": [1] * self.begins + letters + [2] * self.ends if add_special_tokens else letters}
+
+
+def ids_of(text):
+    return Letters()(text, False)["input_ids"]
+
+
+def rows_of(batch):
+    """The rows of a batch, each as a tuple of the ids that are not padding."""
+    return [tuple(i for i in ids if i) for ids in batch["input_ids"].tolist()]
 
 
 def task(name, count, prefix="q"):
@@ -39,8 +47,35 @@ def test_long_prompts_are_cut_from_the_left_and_targets_never():
     assert ids == [1, *whole[-8:]] and labels == [-100] * 4 + whole[-5:]  # the start token is kept
     with pytest.raises(ValueError, match="a target of 5 tokens, max length 5"):
         encode(Letters(), ("abc", "xyz"), max_length=5)
-    with pytest.raises(ValueError, match="empty target"):
+    assert len(encode(Letters(), ("abc", "xyz"), max_length=6)[0]) == 6
+    with pytest.raises(ValueError, match="an empty target: 'abc'"):
         encode(Letters(), ("abc", "  "))
+    with pytest.raises(ValueError, match="an empty prompt, before the target 'x'"):
+        encode(Letters(begins=False), ("", "x"))
+    assert len(encode(Letters(), ("a" * 1000, "x"))[0]) == 512
+
+
+def test_prompts_keep_what_stands_before_them_and_lose_what_ends_them():
+    whole = ids_of("abcdef")
+    for tokenizer in (Letters(), Letters(ends=True)):
+        assert encode_prompt(tokenizer, "abcdef", 7) == encode_prompt(tokenizer, "abcdef", 99) == [1, *whole]
+        assert encode_prompt(tokenizer, "abcdef", 6) == [1, *whole[1:]] and encode_prompt(tokenizer, "abcdef", 1) == [1]
+
+    class Changes(Letters):
+        def __call__(self, text, add_special_tokens=True):  # the text's own tokens are others behind a start token
+            return {"input_ids": [1, 60, 61]} if add_special_tokens else super().__call__(text, False)
+    assert encode_prompt(Changes(), "abcdef", 99) == whole
+
+
+def test_a_target_is_a_space_the_answer_and_the_end():
+    """Also where the tokenizer puts a space of its own before every text: one space is enough."""
+    for tokenizer in (Letters(), Letters(ends=True), Letters(space_first=True)):
+        assert encode_target(tokenizer, "yes") == ids_of(" yes") + [2]
+
+    class Together(Letters):
+        def __call__(self, text, add_special_tokens=True):  # ": " is one token, so the colon cannot be told from it
+            return {"input_ids": [60] + ids_of(text[2:])} if text[:2] == ": " else super().__call__(text, add_special_tokens)
+    assert encode_target(Together(), "yes") == ids_of(" yes") + [2]
 
 
 def test_batches_end_together_on_the_right():
@@ -53,13 +88,13 @@ def test_batches_end_together_on_the_right():
 
 
 def test_batches_are_balanced_and_small_tasks_come_round_more_often():
-    batches = BalancedBatches([task("a", 3), task("b", 8, "r"), task("c", 5, "s")], Letters(), 32, 0)
+    tasks = [task("a", 3), task("b", 8, "r"), task("c", 5, "s")]
+    batches = BalancedBatches(tasks, Letters(), batch_size=10)  # 3 of each task; the tenth place stays empty
     seen = [Counter() for _ in range(3)]
-    for _ in range(24):
-        batch = batches.balanced(batch_size=10)  # 3 of each task; the tenth place stays empty
+    for _, batch in zip(range(24), batches):
         assert batch["task_ids"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        for ids, task_id in zip(batch["input_ids"].tolist(), batch["task_ids"].tolist()):
-            seen[task_id][tuple(i for i in ids if i)] += 1
+        for row, task_id in zip(rows_of(batch), batch["task_ids"].tolist()):
+            seen[task_id][row] += 1
     assert [len(counts) for counts in seen] == [3, 8, 5]
     assert set(seen[0].values()) == {24} and set(seen[1].values()) == {9}  # 72 / 3 and 72 / 8 times each
     assert set(seen[2].values()) <= {14, 15}
@@ -68,9 +103,8 @@ def test_batches_are_balanced_and_small_tasks_come_round_more_often():
 def test_long_and_short_samples_meet_in_every_batch():
     """Two tasks with prompts of 1 to 40 letters: no batch is one of short samples only, or of long ones."""
     tasks = [Task(name, [(letter * i, "x") for i in range(1, 41)], [], []) for name, letter in (("a", "a"), ("b", "b"))]
-    batches = BalancedBatches(tasks, Letters(), 64, 0)
-    for _ in range(80):
-        lengths = batches.balanced(20)["attention_mask"].sum(1).tolist()
+    for _, batch in zip(range(80), BalancedBatches(tasks, Letters(), 20, max_length=64)):
+        lengths = batch["attention_mask"].sum(1).tolist()
         assert min(lengths) <= 15 and max(lengths) >= 30
 
 
@@ -79,9 +113,9 @@ def test_a_small_task_fills_its_batches_with_different_samples():
     for sizes in ((6, 40), (37, 100), (9, 9)):
         tasks = [Task(name, [(letter * i, "x") for i in range(1, size + 1)], [], [])
                  for name, letter, size in zip("ab", "ab", sizes)]
-        batches, counts = BalancedBatches(tasks, Letters(), 200, 0), Counter()
-        for _ in range(200):
-            rows = [tuple(i for i in row if i) for row in batches.balanced(8)["input_ids"].tolist()]
+        counts = Counter()
+        for _, batch in zip(range(200), BalancedBatches(tasks, Letters(), 8)):
+            rows = rows_of(batch)
             assert len(set(rows)) == 8
             counts.update(rows)
         for task_id, size in enumerate(sizes):
@@ -89,74 +123,66 @@ def test_a_small_task_fills_its_batches_with_different_samples():
             assert len(seen) == size and max(seen) - min(seen) <= 2
 
 
-def test_pieces_hold_the_same_tokens_with_less_padding():
-    rows = [encode(Letters(), ("q" * length, "xyz")) for length in (30, 2, 28, 5, 9, 3)]
-    batch = collate(rows, [0, 1, 2, 0, 1, 2], pad_id=0)
-    pieces = split_batch(batch, 3)
-    assert [piece["input_ids"].shape for piece in pieces] == [(2, 9), (2, 15), (2, 36)]
+def test_a_task_with_fewer_samples_than_its_share_repeats_them():
+    batch = next(BalancedBatches([task("a", 2)], Letters(), 5))
+    assert sorted(Counter(rows_of(batch)).values()) == [2, 3]
 
-    def tokens(parts):
-        return Counter((tuple(ids[mask.bool()].tolist()), tuple(labels[mask.bool()].tolist()), int(task_id))
-                       for part in parts for ids, mask, labels, task_id in
-                       zip(part["input_ids"], part["attention_mask"], part["labels"], part["task_ids"]))
-    assert tokens(pieces) == tokens([batch])
+
+def test_samples_come_in_an_order_of_their_own_in_every_pass():
+    batches = BalancedBatches([task("a", 12)], Letters(), 12)
+    passes = [tuple(rows_of(next(batches))) for _ in range(5)]
+    assert len(set(passes)) == 5 and len({frozenset(rows) for rows in passes}) == 1
 
 
 def test_support_and_query_are_disjoint_and_drawn_anew():
-    batches = BalancedBatches([task("a", 12), task("b", 12, "r"), task("c", 12, "s")], Letters(), 32, 0)
-    supports = []
-    for _ in range(30):
-        episodes = batches.episodes(count=2, support=5, query=7)
+    tasks = [task("a", 12), task("b", 12, "r"), task("c", 12, "s")]
+    supports, pairs = [], set()
+    for _, episodes in zip(range(30), Episodes(tasks, Letters(), 2, 5, 7)):
         assert len(episodes) == 2
         owners = [support["task_ids"].tolist() for support, _ in episodes]
         assert owners[0] != owners[1] and all(len(set(owner)) == 1 for owner in owners)
+        pairs.add((owners[0][0], owners[1][0]))
         for support, query in episodes:
-            rows = [{tuple(i for i in ids if i) for ids in part["input_ids"].tolist()} for part in (support, query)]
+            assert set(query["task_ids"].tolist()) == set(support["task_ids"].tolist())
+            rows = [set(rows_of(part)) for part in (support, query)]
             assert len(rows[0]) == 5 and len(rows[1]) == 7 and not rows[0] & rows[1]
+            assert {row[1] for row in rows[0] | rows[1]} == {ids_of("qrs"[support["task_ids"][0]])[0]}
             supports.append(frozenset(rows[0]))
-    assert len(set(supports)) > 50
+    assert len(set(supports)) > 50 and len(pairs) == 6
 
 
-def test_loss_is_the_mean_over_labels_and_padding_changes_nothing(llama):
-    rows = [([5, 6, 7, 8], [-100, -100, 7, 8]), ([9, 10, 11, 12, 13, 14], [-100] * 5 + [14])]
-    total, count = 0.0, 0
-    for ids, labels in rows:  # one row at a time, no padding, all logits
-        logits = llama(torch.tensor([ids])).logits[0, :-1]
-        total += F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
-        count += sum(label != -100 for label in labels)
-    for filler in ([], [([3] * 20, [-100] * 19 + [3])]):
-        batch = collate(rows + filler, list(range(2 + len(filler))), pad_id=0)
-        if filler:
-            batch["labels"][2] = -100  # a row of padding length only
-        torch.testing.assert_close(label_loss(llama, batch), total / count)
+def test_a_round_has_no_more_tasks_than_there_are():
+    assert len(next(Episodes([task("a", 4), task("b", 4)], Letters(), 4, 2, 2))) == 2
 
 
-def test_logits_are_computed_for_the_labels_columns_only(llama):
-    batch = collate([([5, 6, 7, 8, 9], [-100, -100, -100, 8, 9]), ([5, 6, 7], [-100, -100, 7])], [0, 1], 0)
-    sizes = []
-    llama.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
-    logits, labels = label_logits(llama, batch)
-    assert sizes == [(2, 3, 50)] and logits.shape == (2, 2, 50) and labels.tolist() == [[8, 9], [-100, 7]]
+def batches_of(kind, **options):
+    tasks = [task("a", 7), task("b", 9, "r")]
+    return BalancedBatches(tasks, Letters(), 6, **options) if kind == "batches" else Episodes(tasks, Letters(), 1, 2, 2,
+                                                                                              **options)
 
 
-def test_the_head_gets_a_copy_of_the_columns(llama):
-    """Torch multiplies a view across the rows by the head once for each row: twice the time of a step in bfloat16."""
-    seen = []
-    llama.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
-    label_loss(llama, make_batch())
-    assert seen == [True]
+def some(batches, count=8):
+    return [batch for _, batch in zip(range(count), batches)]
 
 
-def test_a_batch_without_labels_is_refused(llama):
-    batch = collate([([5, 6], [-100, -100])], [0], 0)
-    with pytest.raises(ValueError, match="no label is left"):
-        label_loss(llama, batch)
+@pytest.mark.parametrize("kind", ["batches", "episodes"])
+def test_the_seed_decides_and_a_state_goes_on(kind):
+    """From any place: in the middle of a pass too, and however far the one that takes the state has gone."""
+    first = some(batches_of(kind))
+    torch.testing.assert_close(first, some(batches_of(kind, seed=0)), atol=0, rtol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(first, some(batches_of(kind, seed=1)), atol=0, rtol=0)
+    going = batches_of(kind)
+    some(going, 3)
+    state = going.state_dict()
+    expected = some(going)
+    for other in (going, batches_of(kind, seed=5)):
+        other.load_state_dict(state)
+        torch.testing.assert_close(some(other), expected, atol=0, rtol=0)  # nor has going on changed the state
 
 
-def test_gpt2s_positions_do_not_count_the_padding():
-    from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
-    row = ([5, 6, 7, 8], [-100, -100, 7, 8])
-    alone, beside = collate([row], [0], 0), collate([row, ([9] * 9, [-100] * 9)], [0, 1], 0)
-    torch.testing.assert_close(label_loss(model, alone), label_loss(model, beside))
+def test_prompts_are_cut_to_the_length_that_is_asked_for():
+    for batches in (batches_of("batches", max_length=4), batches_of("episodes", max_length=4)):
+        batch = next(batches)
+        batch = batch if isinstance(batch, dict) else batch[0][0]
+        assert batch["input_ids"].shape[1] == 4

@@ -7,8 +7,8 @@ import torch
 from conftest import make_batch, make_llama, randomize_adapters
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, meta_gradients
-from tinylora_mtl.batching import label_loss
-from tinylora_mtl.meta import adapted_to
+from tinylora_mtl.loss import label_loss
+from tinylora_mtl.meta import adapted_to, gradients_of, inner_step
 
 EPISODES = [(make_batch(seed=10 + t, tasks=(t,), each=3), make_batch(seed=20 + t, tasks=(t,), each=4))
             for t in range(3)]
@@ -102,15 +102,33 @@ def test_dropout_draws_new_masks_in_the_inner_steps():
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_logged_losses_are_those_before_and_after_the_inner_steps():
+def test_logged_losses_are_those_before_each_inner_step_and_of_the_query():
     model, losses = adapted(), []
     meta_gradients(model, EPISODES, 0.5, 3, losses)
-    for (support, query), (before, after, queried) in zip(EPISODES, losses):
-        assert before.item() == pytest.approx(label_loss(model, support).item())
-        with adapted_to(model, support, 0.5, 3):
-            assert after.item() == pytest.approx(label_loss(model, support).item())
-            assert queried.item() == pytest.approx(label_loss(model, query).item())
-        assert after < before
+    assert len(losses) == len(EPISODES)
+    for (support, query), (*support_losses, query_loss) in zip(EPISODES, losses):
+        for inner_steps, before in enumerate(support_losses):  # before the first step at θ, before the next one after it
+            with adapted_to(model, support, 0.5, inner_steps):
+                assert before.item() == pytest.approx(label_loss(model, support).item())
+        with adapted_to(model, support, 0.5, 3) as yielded:
+            assert query_loss.item() == pytest.approx(label_loss(model, query).item())
+            assert label_loss(model, support) < support_losses[2] < support_losses[1] < support_losses[0]
+        torch.testing.assert_close(yielded, support_losses)
+        assert not any(loss.requires_grad for loss in [*support_losses, query_loss])
+    meta_gradients(model, EPISODES, 0.5, 0, losses)
+    assert [len(row) for row in losses] == [4, 4, 4, 1, 1, 1]  # added to the list; without inner steps the query's only
+
+
+def test_the_inner_step_is_plain_gradient_descent():
+    parameters, gradients = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([0.5, -1.0]), torch.tensor([[2.0]])]
+    inner_step(parameters, gradients, 0.1)
+    torch.testing.assert_close(parameters, [torch.tensor([0.95, 2.1]), torch.tensor([[2.8]])])
+
+
+def test_a_parameter_that_the_loss_does_not_reach_has_a_gradient_of_zero():
+    used, unused = (torch.tensor([2.0, 3.0], requires_grad=True) for _ in range(2))
+    gradients = gradients_of(used.square().sum(), {"used": used, "unused": unused})
+    torch.testing.assert_close(gradients, (torch.tensor([4.0, 6.0]), torch.zeros(2)))
 
 
 def test_memory_does_not_grow_with_tasks_or_inner_steps():

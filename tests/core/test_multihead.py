@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tinylora_mtl import MultiHeadLoRALinear
-from tinylora_mtl.multihead import combine_heads
+from tinylora_mtl import LoRALinear, MultiHeadLoRALinear
+from tinylora_mtl.multihead import combine_heads, cosines, head_cosines, mean_of_pairs, random_start
 
 HYDRA = dict(rank=3, alpha=7, heads=4)
 RLORA = HYDRA | dict(random_init=True, rank_stabilized=True, head_dropout=0.5)
@@ -86,8 +86,9 @@ def test_gamma_divides_the_start_by_its_root():
     stds = []
     for gamma in (16, 64):
         torch.manual_seed(0)
-        layer = MultiHeadLoRALinear(nn.Linear(100, 200), rank=4, alpha=4, heads=3, random_init=True, gamma=gamma)
-        stds.append((layer.lora_A.weight.std().item(), layer.heads.std().item()))
+        A, heads = torch.empty(4, 100), torch.empty(3, 200, 4)
+        random_start(A, heads, gamma)
+        stds.append((A.std().item(), heads.std().item()))
     assert stds[0][0] / stds[1][0] == pytest.approx(2) and stds[0][1] / stds[1][1] == pytest.approx(2)
 
 
@@ -150,17 +151,51 @@ def test_hydraloras_dropout_has_a_mask_on_x_for_every_head():
     assert y.mean().item() == pytest.approx(6, rel=0.03)
 
 
-def mean_cosine(heads):
-    """Mean cosine of vec(B_i) over the pairs of heads."""
-    heads = nn.functional.normalize(heads.detach().flatten(1), dim=1)
-    return (heads @ heads.T)[~torch.eye(len(heads), dtype=bool)].mean().item()
+def cosine(a, b):
+    a, b = a.flatten().tolist(), b.flatten().tolist()
+    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
-def test_zero_heads_become_near_copies_and_random_heads_start_apart():
-    """R-LoRA's centred heads start at a mean cosine of -1/(N - 1); zero heads have near-identical first gradients."""
+def test_cosines_against_a_loop():
     torch.manual_seed(0)
-    random = MultiHeadLoRALinear(nn.Linear(32, 24), **RLORA)
-    assert mean_cosine(random.heads) == pytest.approx(-1 / 3, abs=0.02)
+    vectors = torch.randn(4, 6)
+    pairs = [cosine(vectors[i], vectors[j]) for i in range(4) for j in range(i)]
+    assert mean_of_pairs(cosines(vectors)).item() == pytest.approx(sum(pairs) / 6, abs=1e-6)
+    assert cosines(vectors)[1, 3].item() == pytest.approx(cosine(vectors[1], vectors[3]), abs=1e-6)
+
+
+def test_logged_cosines_are_those_of_the_heads_of_each_layer():
+    torch.manual_seed(0)
+    layers = [MultiHeadLoRALinear(nn.Linear(5, 6), **HYDRA), MultiHeadLoRALinear(nn.Linear(6, 3), **HYDRA)]
+    for layer in layers:
+        nn.init.normal_(layer.heads)
+    loops = [sum(cosine(layer.heads[i], layer.heads[j]) for i in range(4) for j in range(i)) / 6 for layer in layers]
+    model = nn.Sequential(nn.ModuleDict({"block": nn.ModuleList(layers)}))
+    assert head_cosines(model) == {"head_cosine": [round(mean, 4) for mean in loops]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_random_heads_start_at_minus_one_over_the_others(count):
+    """Σ_{i≠j} B_i·B_j = -Σ_i B_i·B_i for centred heads: exactly -1/(N-1) weighted by length, nearly so in the mean."""
+    torch.manual_seed(count)
+    adapter = MultiHeadLoRALinear(nn.Linear(40, 60), rank=4, alpha=8, heads=count, random_init=True)
+    flat = adapter.heads.detach().flatten(1).double()
+    gram = flat @ flat.T
+    weighted = (gram.sum() - gram.trace()) / (count - 1) / gram.trace()
+    assert weighted.item() == pytest.approx(-1 / (count - 1), abs=1e-6)
+    assert head_cosines(nn.Sequential(adapter))["head_cosine"] == [pytest.approx(-1 / (count - 1), abs=0.01)]
+
+
+def test_the_log_has_null_for_zero_heads_and_nothing_without_several_heads():
+    zero = MultiHeadLoRALinear(nn.Linear(5, 6), **HYDRA)
+    assert head_cosines(nn.Sequential(zero, nn.Linear(6, 6))) == {"head_cosine": [None]}
+    for layer in (MultiHeadLoRALinear(nn.Linear(5, 6), **HYDRA | {"heads": 1}), LoRALinear(nn.Linear(5, 6), 2, 4)):
+        assert head_cosines(nn.Sequential(layer)) == {}
+
+
+def test_zero_heads_become_near_copies():
+    """They have near-identical first gradients, where R-LoRA's heads start apart."""
+    torch.manual_seed(0)
     layer, goal = MultiHeadLoRALinear(nn.Linear(32, 24), **HYDRA), nn.Linear(32, 24)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(100):
@@ -168,7 +203,7 @@ def test_zero_heads_become_near_copies_and_random_heads_start_apart():
         optimizer.zero_grad()
         (layer(x) - goal(x)).square().mean().backward()
         optimizer.step()
-    assert mean_cosine(layer.heads) > 0.7
+    assert head_cosines(nn.Sequential(layer))["head_cosine"][0] > 0.7
 
 
 def test_router_sees_x_without_dropout_and_weighs_in_float32():

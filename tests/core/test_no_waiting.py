@@ -1,48 +1,34 @@
-"""A training step asks the device for no number: nothing in it waits for a GPU.
+"""A training step asks the device for one number only, whether its gradient is finite: nothing else waits for a GPU.
 
 There need be no GPU for that. torch's `meta` device has tensors without numbers, so whatever looks at one raises: an
 `int()`, an `if`, a `nonzero`, a mask that picks rows. The batches are on the CPU, as in training. Eager attention, for
 the other kinds have transformers look at the padding mask in every forward pass, which is not this package's to change.
 """
 
+import itertools
+
 import pytest
 import torch
 from conftest import make_batch, make_llama
 
 from tinylora_mtl import adapter_parameters, add_adapters
-from tinylora_mtl.run.settings import METHODS, TrainConfig, adapter_config
-from tinylora_mtl.run.training import meta_step, multitask_step
+from tinylora_mtl.config import METHODS, TrainConfig, adapter_config
+from tinylora_mtl.train import TrainState, train
+
+EPISODES = [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,))) for t in range(3)]
 
 
-class Episodes:
-    rows = [None] * 3
-
-    def episodes(self, *sizes):
-        return [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,))) for t in range(3)]
-
-
-def without_numbers(config):
+@pytest.mark.parametrize("method,align", [(name, "kl") for name in METHODS] + [("align", "mmd")])
+def test_a_step_looks_at_no_other_number_on_the_device(monkeypatch, method, align):
+    config = TrainConfig(method=method, dropout=0.1, align=align, steps=2)
     model = make_llama(attn_implementation="eager").to("meta")
     add_adapters(model, adapter_config(config))
-    return model.train()
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method,align", [(name, "kl") for name in METHODS if name != "meta"] + [("align", "mmd")])
-def test_a_step_looks_at_no_number_on_the_device(method, align, accumulation):
-    config = TrainConfig(method=method, dropout=0.1, accumulation=accumulation, align=align, align_weight=0.5)
-    model = without_numbers(config)
-    numbers = multitask_step(model, make_batch(each=30), config)
-    assert all(number.device.type == "meta" for number in numbers.values())
-    gradients = [parameter.grad for parameter in adapter_parameters(model).values()]
-    assert all(gradient.device.type == "meta" for gradient in gradients)
-    norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(model).values(), 1.0)
-    with pytest.raises(RuntimeError):  # so it would be seen
-        bool(torch.isfinite(norm))
-
-
-def test_a_round_of_meta_looks_at_no_number_on_the_device():
-    config = TrainConfig(method="meta", dropout=0.1)
-    model = without_numbers(config)
-    meta_step(model, Episodes(), config, log=False)
-    assert all(p.grad.device.type == "meta" for p in adapter_parameters(model).values())
+    batches = itertools.repeat(EPISODES if method == "meta" else make_batch(each=30))
+    with pytest.raises(RuntimeError):  # this one look, and so any other would be seen
+        next(train(model, TrainState(model, batches, config), config))
+    asked = []
+    monkeypatch.setattr(torch, "isfinite", lambda number: asked.append(number) or torch.tensor(True))
+    for step, metrics in train(model, TrainState(model, batches, config), config):
+        assert {number.device.type for name, number in metrics.items() if name != "lr"} == {"meta"}
+    assert step == 2 and [number.shape for number in asked] == [()] * 2
+    assert all(parameter.grad.device.type == "meta" for parameter in adapter_parameters(model).values())

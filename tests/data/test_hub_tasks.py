@@ -6,7 +6,7 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from tinylora_mtl.data import hub as hub_tasks
+from tinylora_mtl.data import hub
 from tinylora_mtl.data.hub import HUB_TASKS, POOL, TAKE, hub_samples
 from tinylora_mtl.data.tasks import TASK_SETS, load_tasks, require_samples
 
@@ -88,7 +88,7 @@ def publish(folder, rows, config, style):
 def put_in_place(monkeypatch, name, folder, rows, style="parquet"):
     """The entry of a task with its repository replaced by a folder that holds these rows."""
     path = publish(folder / name, rows, HUB_TASKS[name].config, style)
-    monkeypatch.setitem(HUB_TASKS, name, replace(HUB_TASKS[name], path=path, options={}))
+    monkeypatch.setitem(HUB_TASKS, name, replace(HUB_TASKS[name], path=path, revision=None))
 
 
 def test_every_entry_has_a_row_here_and_its_splits_keep_their_names():
@@ -185,7 +185,8 @@ def test_winogrande_reads_one_subset(tmp_path, monkeypatch):
     second = (folder / "README.md").read_text().split("configs:\n")[1]
     (folder / "README.md").write_text(first.removesuffix("---\n") + second)
     monkeypatch.setitem(HUB_TASKS, "winogrande", replace(HUB_TASKS["winogrande"], path=str(folder)))
-    assert {split: len(samples) for split, samples in hub_samples("winogrande").items()} == {"train": 7, "validation": 2}
+    sizes = {split: len(samples) for split, samples in hub_samples("winogrande").items()}
+    assert sizes == {"train": 7, "validation": 2}
 
 
 def test_a_converted_set_loads_from_its_own_layout(tmp_path, monkeypatch):
@@ -194,7 +195,7 @@ def test_a_converted_set_loads_from_its_own_layout(tmp_path, monkeypatch):
         folder = tmp_path / "cosmos" / "default" / split
         folder.mkdir(parents=True)
         datasets.Dataset.from_list([ROWS["cosmos_qa"][0]] * 3).to_parquet(folder / "0000.parquet")
-    entry = replace(HUB_TASKS["cosmos_qa"], path=str(tmp_path / "cosmos"), options={})
+    entry = replace(HUB_TASKS["cosmos_qa"], path=str(tmp_path / "cosmos"), revision=None)
     monkeypatch.setitem(HUB_TASKS, "cosmos_qa", entry)
     assert {split: len(samples) for split, samples in hub_samples("cosmos_qa").items()} == {"train": 3, "validation": 3}
 
@@ -218,7 +219,7 @@ def test_a_set_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     class NoNetwork:
         def dataset_info(self, path, timeout):
             raise ConnectionError("no route to the Hub")
-    monkeypatch.setattr(hub_tasks, "HfApi", NoNetwork)
+    monkeypatch.setattr(hub, "HfApi", NoNetwork)
     with pytest.raises(ValueError, match=r"task 'boolq' cannot be had from 'google/boolq' on the Hugging Face Hub "
                                          r"\(no route to the Hub\); without a network, give the path of a folder"):
         load_tasks(["boolq"])

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from tinylora_mtl.run.cli import run_command
+from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.data.tasks import load_tasks, require_samples
-from tinylora_mtl.run import training as train
+from tinylora_mtl.run import training
+from tinylora_mtl.run.cli import run_command
 
 
 def write(path, rows):
@@ -139,9 +140,7 @@ BAD = {
     "one JSON array": (b'[{"prompt": "p", "target": "t"}]', "line 1: the row is not an object"),
     "half a row": (FINE + b'{"prompt": "p", "tar', "line 2: Unterminated string"),
     "Latin-1": (FINE + '{"prompt": "é", "target": "t"}\n'.encode("latin-1"), "line 2: 'utf-8' codec can't decode"),
-    "UTF-16": (FINE.decode().encode("utf-16"), "line 1: 'utf-8' codec can't decode"),
-    "half a surrogate pair": (b'{"prompt": "\\ud800", "target": "t"}\n', "line 1: 'utf-8' codec can't encode"),
-    "brackets without end": (b"[" * 100_000 + b"\n", "line 1: "),
+    "UTF-16": (FINE.decode().encode("utf-16"), "line 1: 'utf-16-le' codec can't decode"),
     "nothing": (b"", "holds no sample; a line is"),
     "blank lines only": (b"\n  \r\n", "holds no sample"),
 }
@@ -153,7 +152,7 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     path = tmp_path / "t.jsonl"
     path.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.command(["--tasks", str(path), "--out", str(tmp_path / "run")]))
+        run_command(lambda: training.command(["--tasks", str(path), "--out", str(tmp_path / "run")]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and len(printed.err.splitlines()) == 1
     assert re.match(f"error: .*t.jsonl(, | ){re.escape(message)}", printed.err), printed.err
@@ -164,12 +163,12 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     ("--tasks {0}/empty", "empty is not a task: the folder has neither train.jsonl nor test.jsonl"),
     ("--tasks {0}/nowhere", "unknown task '{0}/nowhere'; there are: mini, mini-multilingual, boolean_expressions"),
     ("--tasks {0}/t {0}/t", "task 't' is asked for more than once"),
-    ("--tasks {0}/t navigate --samples 19", "19 training samples are asked for, but task 't' has 18"),
-    ("--tasks {0}/t navigate --max-length 2 --split validation", "a target of 2 tokens, max length 2"),
-    ("--tasks {0}/only_test navigate", "task 'only_test' has no train samples; it has: 20 test"),
-    ("--tasks {0}/t navigate", "task 't' has no test samples; it has: 18 train, 2 validation; --split valid"),
-    ("--tasks {0}/one.jsonl navigate", "task 'one' has no (train|test|validation) samples"),
-    ("--tasks {0}/free navigate --split validation --score choose", "task 'free' has no closed set of labels")])
+    ("--tasks {0}/t word_sorting --samples 19", "19 training samples are asked for, but task 't' has 18"),
+    ("--tasks {0}/t word_sorting --max-length 2 --split validation", "a target of 2 tokens, max length 2"),
+    ("--tasks {0}/only_test word_sorting", "task 'only_test' has no train samples; it has: 20 test"),
+    ("--tasks {0}/t word_sorting", "task 't' has no test samples; it has: 18 train, 2 validation; --split valid"),
+    ("--tasks {0}/one.jsonl word_sorting", "task 'one' has no (train|test|validation) samples"),
+    ("--tasks {0}/free word_sorting --split validation --score choose", "task 'free' has no closed set of labels")])
 def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "t" / "train.jsonl", rows(20))
@@ -178,7 +177,7 @@ def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
     write(tmp_path / "one.jsonl", rows(1))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.command(
+        run_command(lambda: training.command(
             [*flags.format(tmp_path).split(), "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.out == "" and len(printed.err.splitlines()) == 1
@@ -190,7 +189,7 @@ def test_training_on_a_folder_and_an_embedded_task_together(tmp_path):
     for split in ("train", "test"):
         words = "one two three four".split() * 3
         write(tmp_path / "echo" / f"{split}.jsonl", [(f"say {word} {split} Answer:", word) for word in words])
-    results = train.main(train.TrainConfig(
+    results = training.run(TrainConfig(
         tasks=(str(tmp_path / "echo"), "navigate"), method="lora", steps=2, batch_size=4, samples=4, device="cpu",
         out=str(tmp_path / "run")))
     assert set(results["after"]) == {"echo", "navigate"} and results["samples"] == {"echo": 12, "navigate": 100}

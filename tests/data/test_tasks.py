@@ -1,16 +1,19 @@
 """The embedded tasks: seeded, disjoint, and their answers recomputed from the prompt alone."""
 
 import doctest
+import functools
 import random
 import re
 
 import pytest
 
-from tinylora_mtl.data import embedded as mini_tasks
-from tinylora_mtl.data.embedded import LANGUAGES, NUMBERS, PHRASES, SKILLS, CATEGORIES, worded_sample
-from tinylora_mtl.data.tasks import TASK_SETS, load_tasks
+from tinylora_mtl.data import embedded, load_tasks
+from tinylora_mtl.data.embedded import CATEGORIES, LANGUAGES, NUMBERS, PHRASES, SKILLS, WORDED_SIZES, worded_sample
+from tinylora_mtl.data.pretrain import PROBLEM_SIZES
+from tinylora_mtl.data.tasks import TASK_SETS
 
 
+@functools.cache
 def embedded_task(name):
     return load_tasks([name])[0]
 
@@ -78,7 +81,7 @@ def test_answers_in_every_language(language):
 
 @pytest.mark.parametrize("name", [*SKILLS, *LANGUAGES])
 def test_splits_are_disjoint_of_full_size_and_always_the_same(name):
-    task, again = embedded_task(name), embedded_task(name)
+    task, again = embedded_task(name), load_tasks([name])[0]
     assert (len(task.train), len(task.validation), len(task.test)) == (500, 100, 100)
     prompts = [prompt for prompt, _ in task.train + task.validation + task.test]
     assert len(set(prompts)) == 700
@@ -122,5 +125,10 @@ def test_bad_tasks(names, samples, message):
 
 
 def test_the_worked_example_of_the_module():
-    result = doctest.testmod(mini_tasks)
+    result = doctest.testmod(embedded)
     assert result.attempted >= 3 and result.failed == 0
+
+
+@pytest.mark.parametrize("sizes", [WORDED_SIZES, PROBLEM_SIZES])
+def test_every_skill_has_its_sizes(sizes):
+    assert set(sizes) == set(SKILLS)

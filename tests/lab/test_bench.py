@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import statistics
 import sys
 from dataclasses import replace
@@ -13,19 +14,19 @@ import pytest
 import torch
 from conftest import command
 
-from tinylora_mtl import align, meta
-from tinylora_mtl.lab import bench, bench_rows, cost
-from tinylora_mtl.run import training as train
+from tinylora_mtl import meta, train
 from tinylora_mtl.adapters import adapter_parameters, find_adapters
-from tinylora_mtl.lab.bench_rows import ROWS, Place, Row
+from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.lab import bench, cost
+from tinylora_mtl.lab.bench import ROWS, Row
 
-SMALL = Place("mini", batch_size=8, samples=2, device="cpu")
+SMALL = TrainConfig(method="lora", batch_size=8, device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def tasks_made_once(monkeypatch):
-    for module in (cost, bench_rows):
+    for module in (cost, bench):
         monkeypatch.setattr(module, "load_tasks", lambda names, *rest: tasks_of(tuple(names), *rest))
 
 
@@ -70,16 +71,17 @@ def test_the_sides_take_turns_and_what_warms_up_is_not_counted(clock):
     def side(name):
         order.append(name)
         clock.tick(next(slow))
-    assert cost.take_turns([partial(side, "a"), partial(side, "b")], 3) == [[10, 2, 30], [1, 20, 3]]
+    assert cost.take_turns(lambda *names: [partial(side, name) for name in names], "ab", 3) == [
+        [10, 2, 30], [1, 20, 3]]
     assert "".join(order) == "abbaabba"
 
 
 def test_a_ratio_is_the_median_of_the_pairs_with_their_quartiles():
-    found = bench.judge([10.0, 1.0, 30.0, 80.0, 5.0], [10.0, 2.0, 10.0, 20.0, 2.5], "time", (None, 2.0))
+    found = cost.paired_ratio([10.0, 1.0, 30.0, 80.0, 5.0], [10.0, 2.0, 10.0, 20.0, 2.5], "time", (None, 2.0))
     assert (found["ratio"], found["quartiles"], found["reached"]) == (2.0, [1.0, 3.0], True)  # 0.5 1 2 3 4
     assert found["ratio"] != statistics.median(found["ours"]) / statistics.median(found["theirs"])
-    assert bench.judge([3.0], [2.0], "memory", (None, 1.0))["quartiles"] == [1.5, 1.5]
-    assert bench.judge([2.0], [12.0], "speed", (5.0, None))["ratio"] == 6.0
+    assert cost.paired_ratio([3.0], [2.0], "memory", (None, 1.0))["quartiles"] == [1.5, 1.5]
+    assert cost.paired_ratio([2.0], [12.0], "speed", (5.0, None))["ratio"] == 6.0
 
 
 @pytest.mark.parametrize("ratio, target, reached", [
@@ -87,29 +89,28 @@ def test_a_ratio_is_the_median_of_the_pairs_with_their_quartiles():
     (4.9, (5.0, None), False), (90.0, (5.0, None), True), (0.96, (0.97, 1.03), False), (1.0, (0.97, 1.03), True),
     (1.04, (0.97, 1.03), False)])
 def test_targets_are_judged_by_their_bounds(ratio, target, reached):
-    assert bench.judge([ratio], [1.0], "time", target)["reached"] is reached
+    assert cost.paired_ratio([ratio], [1.0], "time", target)["reached"] is reached
 
 
 def test_ours_is_above_and_theirs_below(monkeypatch, clock):
-    row = Row(1, "this", "that", lambda place: (partial(clock.tick, 2), partial(clock.tick, 8)),
+    row = Row(1, "this", "that", lambda config: (partial(clock.tick, 2), partial(clock.tick, 8)),
               {"time": (None, 1), "memory": (None, 1), "speed": (5, None)})
-    monkeypatch.setattr(bench, "ROWS", [row])
-    monkeypatch.setattr(bench, "in_a_process", lambda function, make, index, place, which, repeats: (300, 100)[which])
-    figures = bench.measure(0, SMALL, 4)
+    monkeypatch.setattr(cost, "in_a_process", lambda function, make, arguments, which, uses: (300, 100)[which])
+    figures = [bench.figure_of(row, quantity, SMALL, 4) for quantity in row.targets]
     assert [(f["quantity"], f["ratio"], f["reached"]) for f in figures] == [
         ("time", 0.25, True), ("memory", 3.0, False), ("speed", 4.0, False)]
     assert figures[0]["ours"] == [2] * 4 and figures[1]["theirs"] == [100] * 4
 
 
-def allocate(bytes_):
-    return lambda: torch.ones(bytes_ // 4).sum()
+def allocate(*sizes):
+    return [partial(lambda size: torch.ones(size // 4).sum(), size) for size in sizes]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
 def test_the_peak_of_a_side_is_measured_in_a_process_of_its_own():
     torch.ones(2 ** 26).sum()  # 256 MiB here are none there
-    small, large = (cost.in_a_process(cost.peak_of, allocate, size * 2 ** 20, repeats=2) for size in (32, 96))
+    (small,), (large,) = cost.peaks(allocate, (32 * 2 ** 20, 96 * 2 ** 20), 1)
     assert 62 < (large - small) / 2 ** 20 < 66 and large < 110 * 2 ** 20
 
 
@@ -122,7 +123,7 @@ def kept_by_the_heap():
         before = resident()
         torch.ones(10 * 2 ** 18)
         kept.append(resident() - before)
-    cost.peak_of(lambda: side)
+    cost.peak_of(lambda: [side], (), 0, 1)
     return kept[0]
 
 
@@ -139,8 +140,7 @@ def test_what_is_freed_is_no_part_of_a_peak():
 def test_what_is_not_installed_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(bench, "ROWS", rows(1)[:1] + rows(13))
-    monkeypatch.setattr(bench, "Place", lambda *args, **options: SMALL if options.get("shape") is None else None)
-    monkeypatch.setattr(bench, "SHAPES", ())
+    monkeypatch.setattr(bench, "TrainConfig", lambda **options: SMALL)
     results = bench.main(["--repeats", "1"])
     assert [figure.get("missing") for figure in results["figures"]] == ["peft", None]
     assert "| not measured: needs peft |" in capsys.readouterr().out
@@ -154,10 +154,10 @@ def figure(number, what, on, ratio, **more):
 
 def test_the_table_says_what_the_results_say():
     results = {"columns": ["mini", "real"], "figures": [
-        figure(1, "a", "mini", 1.0), figure(1, "a", "real", 1.2), figure(4, "b, 5 → 6", "5 → 6", 0.5),
+        figure(1, "a", "mini", 1.0), figure(1, "a", "real", 1.2), figure(4, "b, 5 → 6", "real", 0.5),
         figure(5, "c", "mini", 0.7, missing="peft"), figure(5, "c", "mini", 7.0, target=[5, None], reached=True),
         figure(6, "d", "real", 1.0, target=[0.97, 1.03])]}
-    assert bench.table(json.loads(json.dumps(results))).splitlines()[2:] == [
+    assert bench.figure_table(json.loads(json.dumps(results))).splitlines()[2:] == [
         "| 1 | a: time | that | at most 1.05 | 1.00 (0.90-1.10) | 1.20 (1.10-1.30), not reached |",
         "| 4 | b, 5 → 6: time | that | at most 1.05 |  | 0.50 (0.40-0.60) |",
         "| 5 | c: time | that | at most 1.05 | not measured: needs peft |  |",
@@ -168,23 +168,30 @@ def test_the_table_says_what_the_results_say():
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     returned = bench.main(["--rows", "13", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "new/a.json")])
     written = json.loads((tmp_path / "new/a.json").read_text())
-    assert written == returned and capsys.readouterr().out.strip() == bench.table(written)
+    assert written == returned and capsys.readouterr().out.strip() == bench.figure_table(written)
     only, = written["figures"]
     assert len(only["ours"]) == 2 and only["on"] == "mini" and only["target"] == [0.97, 1.03]
 
 
 def test_where_is_measured_what(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "measure", lambda index, place, repeats: seen.append((ROWS[index].number, place)) or [])
+
+    def figure_of(row, quantity, config, repeats):
+        seen.append((row.number, quantity, config))
+        return {"missing": "all"} | figure(row.number, row.what, "", 1.0)
+    monkeypatch.setattr(bench, "figure_of", figure_of)
     monkeypatch.setattr(bench, "load_tasks", lambda names: [None] * 2)
-    bench.main([])
-    assert sorted({number for number, place in seen}) == [1, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13]
-    assert {place.shape for number, place in seen if number == 4} == {(576, 1536), (896, 4864)}
+    results = bench.main([])
+    assert sorted({number for number, *_ in seen}) == [1, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13]
+    assert {config.model for *_, config in seen} == {"mini"}
+    assert {(f["row"] == 4, f["on"]) for f in results["figures"]} == {(False, "mini"), (True, "real size")}
+    assert {f["what"].split(", ")[2] for f in results["figures"] if f["row"] == 4} == {"576 → 1536", "896 → 4864"}
     seen.clear()
-    bench.main(["--model", "some/model", "--tasks", "x", "y", "--rows", "2", "4", "13"])
-    assert [(number, place.name) for number, place in seen if number != 4] == [
-        (2, "model"), (2, "model"), (13, "mini"), (13, "model")]
-    assert seen[0][1].model == "some/model" and seen[0][1].tasks == ("x", "y")
+    results = bench.main(["--model", "some/model", "--tasks", "x", "y", "--rows", "2", "4", "13"])
+    assert [(number, quantity, config.model) for number, quantity, config in seen if number != 4] == [
+        (2, "time", "some/model"), (2, "time", "some/model"), (13, "time", "mini"), (13, "time", "some/model")]
+    assert {f["on"] for f in results["figures"] if f["row"] == 4} == {"some/model"}
+    assert seen[0][2].tasks == ["x", "y"] and seen[0][2].batch_size == 16
     monkeypatch.setattr(bench, "load_tasks", lambda names: [None])
     with pytest.raises(ValueError, match="from 2 to 64 tasks"):
         bench.main([])
@@ -194,41 +201,58 @@ def test_where_is_measured_what(monkeypatch):
 def test_all_thirteen_rows_are_there_with_the_targets_that_were_set():
     assert [(row.number, row.targets) for row in ROWS] == [
         (1, {"time": (None, 1.0)}), (1, {"time": (None, 1.0)}), (2, {"time": (None, 1.12)}),
-        (2, {"time": (None, 1.25)}), (3, {"time": (None, 1.25)}), (4, {"time": (None, 0.75), "memory": (None, 0.8)}),
-        (4, {"time": (None, 0.5), "memory": (None, 0.5)}), (5, {"time": (None, 1.0), "memory": (None, 1.0)}),
+        (2, {"time": (None, 1.25)}), (3, {"time": (None, 1.25)}),
+        *[(4, {"time": (None, 0.75), "memory": (None, 0.8)})] * 2,
+        *[(4, {"time": (None, 0.5), "memory": (None, 0.5)})] * 2, (5, {"time": (None, 1.0), "memory": (None, 1.0)}),
         (5, {"time": (None, 1.0), "memory": (None, 1.0)}), (6, {"time": (None, 1.05)}), (7, {"time": (None, 1.25)}),
         (8, {"time": (None, 2.0)}), (9, {"time": (None, 1.05)}), (10, {"memory": (None, 1.05)}),
         (11, {"time": (None, 0.75)}), (12, {"speed": (5.0, None)}), (13, {"time": (0.97, 1.03)})]
+    assert all(pickle.loads(pickle.dumps(row.sides)) for row in ROWS)  # for memory they go to other processes
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_pefts_step_has_our_loss(monkeypatch, dropout):
     pytest.importorskip("peft")
     row = rows(1)[dropout > 0]
-    assert row.make.keywords == {"dropout": dropout}
-    calls = record(monkeypatch, cost, "multitask_step")
-    ours, theirs = row.make(SMALL)
-    ours(), theirs()
-    parameters = [[p for p in args[0].parameters() if p.requires_grad] for args, _ in calls]
+    assert row.sides.keywords == {"dropout": dropout}
+    losses = record(monkeypatch, train, "label_loss")
+    sides = row.sides(SMALL)
+    for side in sides:
+        side()
+    parameters = [[p for p in model.parameters() if p.requires_grad] for (model, _), _ in losses]
     with torch.no_grad():
         for a, b in zip(*parameters):
             b.copy_(a.normal_(std=0.1))
-    for side in (ours, theirs):
+    for side in sides:
         torch.manual_seed(0)
         side()
-    (_, (args, numbers)), (_, (other, others)) = zip(calls[:2], calls[2:])
-    assert torch.equal(args[1]["input_ids"], other[1]["input_ids"]) and [len(p) for p in parameters] == [70, 70]
-    torch.testing.assert_close(numbers["loss"], others["loss"])
+    ((model, batch), loss), ((_, other_batch), other_loss) = losses[2:]
+    assert torch.equal(batch["input_ids"], other_batch["input_ids"]) and [len(p) for p in parameters] == [70, 70]
+    assert not torch.equal(batch["input_ids"], losses[0][0][1]["input_ids"])  # the second of the batches
+    torch.testing.assert_close(loss, other_loss)
     for a, b in zip(*parameters):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
-    assert {m.p for m in args[0].modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+
+
+def test_a_step_is_one_of_train_at_its_peak_rate_and_never_ends():
+    """AdamW, clipping and the schedule are those of `train`; after the last batch comes the first again."""
+    config, model, batches = cost.begin_run(SMALL)
+    drawn = cost.some_batches(batches)
+    side = cost.stepper(model, replace(config, steps=2), drawn[:2])
+    assert len(drawn) == cost.WARM_UP + cost.STEPS
+    steps = [side() for _ in range(5)]
+    assert [number for number, _ in steps] == [1, 2, 3, 4, 5]
+    assert all(metrics["lr"] == pytest.approx(config.lr) and metrics["gradient_norm"] > 0 for _, metrics in steps)
+    losses = [metrics["loss"].item() for _, metrics in steps]
+    assert losses[4] < losses[2] < losses[0]  # it learns: the same batch once more
 
 
 def test_the_floor_has_the_same_loss_and_its_gradient_down_to_the_embeddings(monkeypatch):
     for row, dropout in zip(rows(2), (0.0, 0.05)):
         with monkeypatch.context() as patch:
-            ours, theirs = (record(patch, module, "label_loss") for module in (train, bench_rows))
-            for side in row.make(SMALL):
+            ours, theirs = (record(patch, module, "label_loss") for module in (train, bench))
+            for side in row.sides(SMALL):
                 side()
         torch.testing.assert_close(ours[0][1], theirs[0][1])  # B is zero
         frozen, model = theirs[0][0][0], ours[0][0][0]
@@ -245,21 +269,25 @@ def test_the_floor_has_the_same_loss_and_its_gradient_down_to_the_embeddings(mon
     (5, 1, [("rlora", 0.0), ("hydralora", 0.0)]), (6, 0, [("align", "kl"), ("lora", None)]),
     (7, 0, [("align", "mmd"), ("lora", None)])])
 def test_two_methods_step_through_the_same_batches(monkeypatch, number, index, expected):
-    calls = record(monkeypatch, cost, "multitask_step")
-    for side in rows(number)[index].make(SMALL):
+    steppers, losses = record(monkeypatch, cost, "stepper"), record(monkeypatch, train, "label_loss")
+    alignments = record(monkeypatch, train, "alignment_loss")
+    for side in rows(number)[index].sides(SMALL):
         side(), side()
-    for (args, _), (method, extra) in zip(calls[::2], expected):
-        assert args[2].method == method
-        assert extra is None or extra == (args[2].align if method == "align" else args[2].dropout)
-    batches = [args[1]["input_ids"] for args, _ in calls]
+    for ((_, config, _), _), (method, extra) in zip(steppers, expected):
+        assert config.method == method
+        assert extra is None or extra == (config.align if method == "align" else config.dropout)
+    assert len(alignments) == 2 * (expected[0][0] == "align")
+    batches = [batch["input_ids"] for (_, batch), _ in losses]
     assert torch.equal(batches[0], batches[2]) and torch.equal(batches[1], batches[3])
     assert batches[0].shape != batches[1].shape or not torch.equal(*batches[:2])
-    assert len(calls[0][0][1]["task_ids"].unique()) == 8
+    assert len(losses[0][0][1]["task_ids"].unique()) == 8
 
 
-@pytest.mark.parametrize("row, heads", [*zip(rows(4), (5, 16))])
-def test_the_loop_over_heads_computes_what_the_layer_computes(row, heads):
-    layer, loop = (side.args[0] for side in row.make(Place("", shape=(12, 20))))
+@pytest.mark.parametrize("heads", [5, 16])
+def test_the_loop_over_heads_computes_what_the_layer_computes(heads):
+    assert {(row.sides.func, row.sides.keywords["heads"], row.sides.keywords["shape"]) for row in rows(4)} == {
+        (bench.layer_and_loop, count, shape) for count in (5, 16) for shape in bench.SHAPES}
+    layer, loop = (side.args[0] for side in bench.layer_and_loop(SMALL, (12, 20), heads))
     assert loop.args == (layer,) and len(layer.heads) == heads and layer.training and layer.head_dropout.p == 0.1
     torch.nn.init.normal_(layer.router.weight)
     layer.eval()
@@ -268,55 +296,59 @@ def test_the_loop_over_heads_computes_what_the_layer_computes(row, heads):
     inputs = [x, layer.lora_A.weight, layer.heads, layer.router.weight]
     torch.testing.assert_close(torch.autograd.grad(layer(x).sin().sum(), inputs),
                                torch.autograd.grad(loop(x).sin().sum(), inputs), atol=1e-5, rtol=1e-4)
-    ours, theirs = (side() for side in row.make(Place("", shape=(12, 20))))
+    ours, theirs = (side() for side in bench.layer_and_loop(SMALL, (12, 20), heads))
     assert [g.shape for g in ours] == [g.shape for g in theirs] == [(1024, 12), (heads, 20, 8), (8, 12), (heads, 12)]
 
 
 def test_the_alignment_loss_is_that_of_512_and_8_tasks_on_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(bench_rows, "LOSS_TOKENS", 1536)
-    calls = record(monkeypatch, bench_rows, "alignment_of")
-    for side in rows(8)[0].make(SMALL):
+    monkeypatch.setattr(bench, "LOSS_TOKENS", 1536)
+    calls = record(monkeypatch, bench, "alignment")
+    for side in rows(8)[0].sides(SMALL):
         side()
-    (many, loss), (few, other) = calls
-    assert [len(args[1].unique()) for args in (many, few)] == [512, 8] and many[0] is few[0]
-    assert loss > other > 0 and len(many[0]) == 35  # three tokens a task differ more by chance than 192
-    assert len(align.group_by_task(torch.zeros(1536, 1), many[1])) == 512
+    ((z, owner, kind), loss), ((same, few_owners, _), other) = calls
+    assert [owners.unique(return_counts=True)[1].tolist() for owners in (owner, few_owners)] == [[3] * 512, [192] * 8]
+    assert z is same and kind == "kl" and z.shape == (1536, 35, 8)
+    assert loss > other > 0  # three tokens a task differ more by chance than 192
 
 
 def test_a_round_and_the_steps_compute_gradients_on_the_same_batches(monkeypatch):
-    ours, theirs = rows(9)[0].make(SMALL)
+    ours, theirs = rows(9)[0].sides(SMALL)
     inner, outer = record(monkeypatch, meta, "label_loss"), record(monkeypatch, train, "label_loss")
-    ours()
-    assert len(inner) == 6 and not outer  # n = 2 tasks, k = 2 steps and a query
-    theirs()
-    assert len(inner) == 6 and len(outer) == 6
-    seen = [sorted(sorted(args[1]["input_ids"].tolist()) for args, _ in calls) for calls in (inner, outer)]
-    assert seen[0] == seen[1] and len(seen[0][0]) == 2
+    for _ in range(2):  # a second round is on the same batches again
+        inner.clear(), outer.clear()
+        ours()
+        assert len(inner) == 6 and not outer  # n = 2 tasks, k = 2 steps and a query
+        theirs()
+        assert len(inner) == 6 and len(outer) == 6
+        seen = [[args[1]["input_ids"].tolist() for args, _ in calls] for calls in (inner, outer)]
+        assert seen[0] == seen[1] and len(seen[0][0]) == 2
 
 
 def test_rounds_of_both_sizes_see_one_batch(monkeypatch):
     calls = record(monkeypatch, meta, "label_loss")
-    for side in rows(10)[0].make(SMALL):
+    assert rows(10)[0].sides.keywords == {"ours": 8, "theirs": 1}
+    for side in bench.two_rounds(SMALL, 3, 1):
         side()
-    assert len(calls) == 8 * 9 + 1 * 2
+    assert len(calls) == 3 * 4 + 1 * 2
     assert len({args[1]["input_ids"].numpy().tobytes() for args, _ in calls}) == 2  # support and query
 
 
 def test_the_trainer_sees_the_samples_of_our_run(monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(bench_rows, "RUN_STEPS", 3)
+    monkeypatch.setattr(bench, "RUN_STEPS", 3)
     ours, seen = record(monkeypatch, train, "label_loss"), []
-    peft_model = bench_rows.peft_model
+    peft_model = bench.peft_model
 
     def watched(*args):
         model = peft_model(*args)
         model.register_forward_pre_hook(lambda m, a, options: seen.append(options), with_kwargs=True)
         return model
-    monkeypatch.setattr(bench_rows, "peft_model", watched)
-    run, trainer = rows(11)[0].make(SMALL)
+    monkeypatch.setattr(bench, "peft_model", watched)
+    run, trainer = rows(11)[0].sides(SMALL)
     for _ in range(2):  # a second run goes through the same samples again
         ours.clear(), seen.clear()
-        run(), trainer()
+        assert len(run()) == 3
+        trainer()
         batches = [args[1] for args, _ in ours]
         assert len(batches) == len(seen) == 3
         for a, b in zip(batches, seen):
@@ -327,16 +359,16 @@ def test_the_trainer_sees_the_samples_of_our_run(monkeypatch):
 
 
 def test_the_plain_loop_gives_the_same_answers():
-    ours, theirs = rows(12)[0].make(SMALL)
+    ours, theirs = rows(12)[0].sides(SMALL)
     answers = ours()
     pairs = [(answer.removesuffix("…").strip(), plain) for answer, plain in zip(answers, theirs(), strict=True)]
     assert all(answer.startswith(plain) for answer, plain in pairs)  # in a batch there is room for its longest target
     assert sum(answer == plain != "" for answer, plain in pairs) > len(pairs) / 2
-    assert len(answers) == 16 and len(set(answers)) > 5
+    assert len(answers) == 16 and len(set(answers)) > 5  # two of each of eight tasks
 
 
 def test_merged_and_base_are_two_models_on_one_batch():
-    merged, base = rows(13)[0].make(SMALL)
+    merged, base = rows(13)[0].sides(SMALL)
     assert not find_adapters(merged.args[0]) and merged.args[0] is not base.args[0]
     ours, theirs = merged(), base()
     assert ours.shape == theirs.shape and not ours.requires_grad
@@ -345,8 +377,10 @@ def test_merged_and_base_are_two_models_on_one_batch():
 
 @pytest.mark.slow
 def test_the_real_command(tmp_path):
-    result = command("--repeats", 1, "--device", "cpu", "--out", "b.json", cwd=tmp_path, module="lab.bench")
+    """Rows that are measured by turns, in processes of their own, and with a library that may be missing."""
+    result = command("--rows", 1, 10, "--repeats", 1, "--device", "cpu", "--out", "b.json", cwd=tmp_path,
+                     module="lab.bench")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "b.json").read_text())
-    assert bench.table(results) == result.stdout.strip() and len(results["figures"]) == 1 * 2 + 1 + 8 + 4 + 7
+    assert bench.figure_table(results) == result.stdout.strip() and len(results["figures"]) == 2 + 1
     assert all(f["ratio"] > 0 for f in results["figures"] if "missing" not in f)

@@ -1,7 +1,9 @@
 """The comparison: its statistics, what it declares, and that its runs are done once, resumed, and chosen fairly."""
 
+import functools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,25 +14,32 @@ import pytest
 import torch
 from conftest import Killed, at_step, command, kill
 
-from tinylora_mtl import add_adapters, align, meta, remove_adapters
-from tinylora_mtl.lab import compare, cost, heads
-from tinylora_mtl.run import training as train
-from tinylora_mtl.lab.claims import (COSTS, METHODS, T_975, UNITS, Group, declare, few_of, joint_verdict,
-                                 t_interval, verdict)
-from tinylora_mtl.run.models import load_model
-from tinylora_mtl.lab.pictures import accuracies_by_size
-from tinylora_mtl.lab.plan import PRESETS, SEARCH_SEED, SIZES, Run, make_plan, match, samples_seen
-from tinylora_mtl.lab.report import PUBLISHED, best_rate, conditions, judge, markdown, summary
-from tinylora_mtl.run.folder import locked
-from tinylora_mtl.run.settings import TrainConfig, adapter_config, read_config
+from tinylora_mtl import add_adapters, meta, remove_adapters, train
+from tinylora_mtl.config import TrainConfig, adapter_config
 from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.lab import compare, cost, heads, pictures
+from tinylora_mtl.lab.claims import (COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, declare, few_of,
+                                     joint_verdict, t_interval, verdict)
+from tinylora_mtl.lab.plan import PRESETS, SAMPLE_COUNTS, SEARCH_SEED, Run, make_plan, match
+from tinylora_mtl.lab.report import PUBLISHED, best_rate, conditions_text, judge_claims, markdown, summary
+from tinylora_mtl.run import gradients, training
+from tinylora_mtl.run.folder import locked
+from tinylora_mtl.run.models import load_model
+from tinylora_mtl.run.settings import read_config
 
 TINY = ("--tasks word_sorting dyck_languages object_counting --seeds 2 --steps 3 --batch-size 6 --samples 8 12 "
-        "--rates 1e-3 5e-3 --rank 2 --heads 4 --device cpu").split()
+        "--rates 1e-3 5e-3 --rank 2 --heads 4 --targets q_proj --device cpu").split()
+TWO_TASKS = ("--tasks", "object_counting", "web_of_lies")  # of short answers
 
 
 def tiny_plan(folder, *flags):
     return make_plan(compare.parse([*TINY, "--out", str(folder), *map(str, flags)]))
+
+
+def tiniest_plan(folder, *methods):
+    """A plan of one comparison, of which two trained groups are judged: four runs for each method."""
+    comparison = Comparison(Group(methods[0]), Group(methods[1]) if methods[1:] else 0.0)
+    return replace(tiny_plan(folder, *TWO_TASKS), claims=[Claim(1, "It is ahead.", (comparison,))])
 
 
 def results_without_times(results):
@@ -38,20 +47,52 @@ def results_without_times(results):
         key: value for key, value in item.items() if key not in ("seconds", "command")})
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Three samples of a task to score, wherever tasks are loaded; how often a run was trained is counted."""
-    def load(*args):
-        return [replace(task, validation=task.validation[:3], test=task.test[:3]) for task in load_tasks(*args)]
-    for module in (train, compare, heads):
-        monkeypatch.setattr(module, "load_tasks", load)
+@functools.cache
+def few_samples(name, *args):
+    """The task of that name, with two samples to score."""
+    task, = load_tasks([name], *args)
+    return replace(task, validation=task.validation[:2], test=task.test[:2])
+
+
+def patch_few(monkeypatch):
+    """Two samples of a task to score, wherever tasks are loaded, and no pictures; returns the names of trained runs."""
+    for module in (training, compare, heads):
+        monkeypatch.setattr(module, "load_tasks", lambda names, *args: [few_samples(name, *args) for name in names])
+    monkeypatch.setattr(compare, "draw_comparison", lambda results, folder: None)
     trained = []
 
-    def counted(*args, original=train.train):
+    def counted(*args, original=training.run_steps):
         trained.append(str(args[4].name))
         return original(*args)
-    monkeypatch.setattr(train, "train", counted)
+    monkeypatch.setattr(training, "run_steps", counted)
     return trained
+
+
+@pytest.fixture
+def few(monkeypatch):
+    return patch_few(monkeypatch)
+
+
+WHOLE = (*TWO_TASKS, "--claims", 1, 4)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, results) of a comparison of twelve runs, trained once. Whoever changes the folder takes a `copy`."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        trained = patch_few(patch)
+        plan = tiny_plan(folder, *WHOLE)
+        results = compare.compare(plan)
+    assert sorted(trained) == sorted(run.name for run in plan.runs())  # each trained, once
+    assert len(trained) == 3 * 2 + 3 * 2
+    return folder, results
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of that comparison's folder, to spoil."""
+    return shutil.copytree(whole[0], tmp_path / "copy")
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -99,7 +140,7 @@ def test_an_interval_holds_the_true_difference_in_95_of_100_comparisons():
 
 # ------------------------------------------------------------------------------------------------- what is declared
 def test_eight_claims_each_with_something_that_decides():
-    claims = declare(SIZES)
+    claims = declare(SAMPLE_COUNTS)
     assert [claim.number for claim in claims] == list(range(1, 9))
     for claim in claims:
         assert any(comparison.decides for comparison in claim.comparisons)
@@ -109,7 +150,7 @@ def test_eight_claims_each_with_something_that_decides():
             assert {comparison.quantity, comparison.right_quantity or comparison.quantity} <= set(UNITS)
             for side in (comparison.left, comparison.right):
                 if isinstance(side, Group):
-                    assert side.method in (COSTS if side.where == "cost" else METHODS)
+                    assert side.method in (COSTS if side.where == "cost" else VARIANTS)
     margins = {(claim.number, c.margin) for claim in claims for c in claim.comparisons if c.decides}
     assert margins == {(1, 0), (2, 0), (3, 0), (4, 0), (5, 2), (6, 0), (7, 2), (8, 2)}
     assert few_of([10, 20, 50, 100, 500]) == 50 and few_of([8, 12]) == 8
@@ -125,7 +166,7 @@ def test_the_directions_are_those_that_the_papers_claim():
         world = {"time": -8.0, "memory": -20.0, "cosine": {"hydralora": 0.8}.get(side.method, -0.2),
                  "distance": -1.0 * (side.method in ("align_kl", "align_mmd")), "moved": -0.5}
         return world.get(quantity, 10.0 * better.index(side.method) if side.method in better else 0.0)
-    for claim in declare(SIZES):
+    for claim in declare(SAMPLE_COUNTS):
         verdicts = []
         for c in claim.comparisons:
             difference = value(c.left, c.quantity) - value(c.right, c.right_quantity or c.quantity)
@@ -137,7 +178,7 @@ def test_the_ablation_changes_one_thing_at_a_time():
     model, _, _ = load_model("mini", "cpu")
     seen = {}
     for name in ("rlora", "rlora_start", "rlora_dropout", "rlora_neither", "hydralora"):
-        adapters = add_adapters(model, adapter_config(TrainConfig(**METHODS[name], rank=4)))
+        adapters = add_adapters(model, adapter_config(TrainConfig(**VARIANTS[name], rank=4)))
         adapter = next(iter(adapters.values()))
         seen[name] = (adapter.scaling, adapter.dropout.p, adapter.head_dropout.p, bool(adapter.heads.any()),
                       bool(adapter.router.weight.any()))
@@ -149,14 +190,14 @@ def test_the_ablation_changes_one_thing_at_a_time():
 
 def test_matched_parameters_are_within_five_percent():
     """Counted against the formula: per layer of HydraLoRA r·d_in + N·r·d_out + N·d_in, of LoRA r·(d_in + d_out)."""
-    methods, counts = match(METHODS, TrainConfig(rank=4, heads=5))
+    methods, counts = match(VARIANTS, TrainConfig(rank=4, heads=5))
     layers = 5 * [(112, 112)] * 4 + 5 * [(112, 256)] * 2 + 5 * [(256, 112)]
     hydra = sum(4 * d_in + 5 * 4 * d_out + 5 * d_in for d_in, d_out in layers)
     assert counts["hydralora"] == counts["rlora"] == hydra
     rank, number = methods["lora_matched"]["rank"], methods["mlora"]["heads"]
     assert counts["lora_matched"] == sum(rank * (d_in + d_out) for d_in, d_out in layers)
     assert counts["mlora"] == sum(4 * d_in + number * 4 * d_out for d_in, d_out in layers)
-    matched = [name for name in METHODS if "match" in METHODS[name]]
+    matched = [name for name in VARIANTS if "match" in VARIANTS[name]]
     assert matched == ["lora_matched", "mlora", "align_kl", "align_mmd", "align_shuffled", "meta", "meta_far"]
     assert all(abs(counts[name] / hydra - 1) <= 0.05 for name in matched)
     for other in (rank - 1, rank + 1):  # no other rank comes nearer
@@ -196,8 +237,8 @@ def test_settings_of_the_runs(tmp_path):
 
 def test_the_presets_train_on_the_tasks_that_they_name():
     quick, full = (make_plan(compare.parse(["--preset", preset, "--device", "cpu"])) for preset in PRESETS)
-    assert quick.places["tasks"] == PRESETS["quick"]["tasks"] and quick.held_out == []
-    assert sorted(full.places["tasks"] + full.held_out) == sorted(load_names("mini"))
+    assert quick.task_sets["tasks"] == PRESETS["quick"]["tasks"] and quick.held_out == []
+    assert sorted(full.task_sets["tasks"] + full.held_out) == sorted(load_names("mini"))
     assert full.held_out == ["boolean_expressions", "object_counting"]
     assert set(quick.config(quick.runs()[0], 1e-3).tasks) == {"word_sorting", "dyck_languages", "object_counting"}
 
@@ -206,148 +247,155 @@ def load_names(given):
     return [task.name for task in load_tasks([given])]
 
 
-@pytest.mark.parametrize("method", ["lora", "meta"])
-def test_samples_seen_are_those_that_were_seen(tmp_path, monkeypatch, few, method):
+@pytest.mark.parametrize("variant", ["lora_matched", "meta"])
+def test_samples_seen_are_those_that_were_seen(tmp_path, monkeypatch, few, variant):
     seen = []
     for module in (train, meta):
-        def counted(model, batch, *rest, original=module.label_loss):
+        def counted(model, batch, original=module.label_loss):
             if torch.is_grad_enabled():
                 seen.append(len(batch["task_ids"]))
-            return original(model, batch, *rest)
+            return original(model, batch)
         monkeypatch.setattr(module, "label_loss", counted)
-    monkeypatch.setattr(train, "accuracies_after_adapting", lambda *args: {"a": 0.0, "b": 0.0})
-    monkeypatch.setattr(train, "average_interval", lambda *args: [0, 1])
-    monkeypatch.setattr(train, "table", lambda *args: "")
-    config = TrainConfig(tasks=["word_sorting", "dyck_languages"], method=method, steps=3, batch_size=5, samples=8,
-                         support=3, query=2, tasks_per_round=2, inner_steps=2, device="cpu", out=str(tmp_path / "run"))
-    train.main(config)
-    assert sum(seen) == samples_seen(config) == (3 * 4 if method == "lora" else 3 * 2 * (2 * 3 + 2))
+    monkeypatch.setattr(training, "accuracies_after_adapting", lambda model, tokenizer, tasks, *rest: {
+        task.name: 0.0 for task in tasks})
+    plan = tiny_plan(tmp_path, *TWO_TASKS, "--claims", 7, "--batch-size", 5)
+    row = compare.carry_out(plan, Run(Group(variant, samples=8), 0), 1e-3, None)
+    assert sum(seen) == row["samples_seen"] == (3 * 4 if variant == "lora_matched" else 3 * 2 * (3 * 2 + 2))
 
 
 # ------------------------------------------------------------------------------------------------- from end to end
-def test_a_comparison_that_is_killed_goes_on_and_repeats_nothing(tmp_path, monkeypatch, few, capsys):
-    plan = tiny_plan(tmp_path / "a", "--claims", 1, 5)
-    whole = compare.compare(plan)
-    assert sorted(few) == sorted(run.name for run in plan.runs())  # each trained, once
-    assert len(few) == 4 * 2 + 4 * 2
-
-    del few[:]
-    assert compare.compare(tiny_plan(tmp_path / "a", "--claims", 1, 5)) == whole
-    assert few == []  # nothing was left to do
-
-    plan = tiny_plan(tmp_path / "b", "--claims", 1, 5)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 3 * 10 + 2, kill)  # in the second step of the eleventh run
-        compare.compare(plan)
-    assert len(few) == 11 and not (tmp_path / "b" / "results.json").exists()
-    again = compare.compare(plan)
-    assert len(few) == 17 and few[11] == few[10] and len(set(few)) == 16  # that one was gone on with, no other
-    assert results_without_times(again) == results_without_times(whole)
-
-    written = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert written == again and [claim["claim"] for claim in written["claims"]] == [1, 5]
+def test_what_is_written_follows_from_the_runs(whole):
+    folder, results = whole
+    written = json.loads((folder / "results.json").read_text())
+    assert written == results and [claim["claim"] for claim in written["claims"]] == [1, 4]
     runs = {(run["method"], run["seed"]): run for run in written["runs"] if not run["search"]}
-    assert len(runs) == 8 and all("after" in run and run["skipped_steps"] == 0 for run in runs.values())
+    assert len(runs) == 6 and all("after" in run and run["skipped_steps"] == 0 for run in runs.values())
     for row in written["claims"][1]["comparisons"]:
         other = row["name"].split(" - ")[1]
-        expected = [100 * (runs["lora_matched", seed]["average_after"] - runs[other, seed]["average_after"])
+        expected = [100 * (runs["mlora", seed]["average_after"] - runs[other, seed]["average_after"])
                     for seed in (0, 1)]
         assert row["differences"] == pytest.approx(expected)
         middle, interval = t_interval(row["differences"])
         assert (row["mean"], row["interval"]) == (middle, interval)
-        assert row["verdict"] == verdict(interval, 1, 2.0)
+        assert row["verdict"] == verdict(interval, 1)
     hydra, rlora = runs["hydralora", 0], runs["rlora", 0]
-    assert set(hydra["cosine_start"]) == {None} and rlora["cosine_start"] == pytest.approx([-1 / 3] * 35, abs=0.02)
-    assert hydra["cosine"] == pytest.approx(sum(hydra["cosine_end"]) / 35)
+    assert set(hydra["cosine_start"]) == {None} and rlora["cosine_start"] == pytest.approx([-1 / 3] * 5, abs=0.03)
+    assert hydra["cosine"] == pytest.approx(sum(hydra["cosine_end"]) / 5)
     assert [step for step, _ in hydra["cosine_curve"]] == [0, 1, 3]
-    table = (tmp_path / "b" / "table.md").read_text()
+    table = (folder / "table.md").read_text()
     assert table == markdown(written)
     assert all(claim["text"] in table and f"**{claim['verdict']}**" in table for claim in written["claims"])
     assert f"{hydra['trainable_parameters']:,}" in table
 
 
-def test_the_table_comes_from_the_results_alone(tmp_path, few, monkeypatch, capsys):
-    compare.compare(tiny_plan(tmp_path, "--claims", 5))
-    results = json.loads((tmp_path / "results.json").read_text())
+def test_a_finished_comparison_trains_nothing_again(whole, copy, few):
+    assert results_without_times(compare.compare(tiny_plan(copy, *WHOLE))) == results_without_times(whole[1])
+    assert few == []
+
+
+def test_a_comparison_that_is_killed_goes_on_and_repeats_nothing(whole, copy, few):
+    """It is killed in the second step of its last but one run."""
+    plan = tiny_plan(copy, *WHOLE)
+    *_, killed, last = [run.name for run in plan.runs()]
+    (copy / "results.json").unlink()
+    for name in (killed, last):
+        shutil.rmtree(copy / "runs" / name)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 2, kill)
+        compare.compare(plan)
+    assert few == [killed] and not (copy / "results.json").exists() and not (copy / "runs" / last).exists()
+    again = compare.compare(plan)
+    assert few == [killed, killed, last]  # that one was gone on with, no other
+    assert results_without_times(again) == results_without_times(whole[1])
+
+
+def test_the_table_comes_from_the_results_alone(copy, few, monkeypatch, capsys):
+    results = json.loads((copy / "results.json").read_text())
     results["claims"][0]["verdict"] = "does not hold"
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    (copy / "results.json").write_text(json.dumps(results))
     monkeypatch.setattr(compare, "make_plan", None)
-    compare.main(["--report", str(tmp_path)])
-    assert "**does not hold**" in (tmp_path / "table.md").read_text()
+    compare.main(["--report", str(copy)])
+    assert "**does not hold**" in (copy / "table.md").read_text()
     assert "DOES NOT HOLD" in capsys.readouterr().out
 
 
-def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(tmp_path, monkeypatch, few):
-    plan = tiny_plan(tmp_path, "--claims", 5)
+def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(copy, monkeypatch, few):
+    plan = tiny_plan(copy, *WHOLE)
     taken = plan.runs()[0].name
-    (tmp_path / "locks" / taken).mkdir(parents=True)
-    other = locked(tmp_path / "locks" / taken)
+    shutil.rmtree(copy / "runs" / taken)
+    other = locked(copy / "locks" / taken)
     other.__enter__()
-    waits = []
+    done, waits = [], []
+
+    def carry_out(plan, run, *rest, original=compare.carry_out):
+        row = original(plan, run, *rest)
+        done.append(run.name)
+        return row
 
     def sleep(seconds):
-        waits.append(list(few))
+        waits.append(list(done))
         other.__exit__(None, None, None)
+    monkeypatch.setattr(compare, "carry_out", carry_out)
     monkeypatch.setattr(compare.time, "sleep", sleep)
     compare.compare(plan)
     method = plan.runs()[0].group.method
     assert len(waits) == 1 and taken not in waits[0]
     assert not [name for name in waits[0] if name.startswith(f"{method}-")]  # its rate was not known yet
-    assert len(waits[0]) == len(plan.runs()) - 1 - plan.seeds and few[len(waits[0])] == taken
+    assert len(waits[0]) == len(plan.runs()) - 1 - plan.seeds and done[len(waits[0])] == taken
+    assert few == [taken]
 
 
-def test_a_run_that_train_is_using_is_skipped_too(tmp_path, few):
-    plan = tiny_plan(tmp_path, "--claims", 5)
+def test_a_run_that_train_is_using_is_skipped_too(copy, few):
+    plan = tiny_plan(copy, *WHOLE)
     run = plan.runs()[0]
-    compare.do(plan, run, run.lr, None)
-    (tmp_path / "runs" / run.name / "results.json").unlink()
-    with locked(tmp_path / "runs" / run.name), pytest.raises(BlockingIOError):
-        compare.do(plan, run, run.lr, None)
+    (copy / "runs" / run.name / "results.json").unlink()
+    with locked(copy / "runs" / run.name), pytest.raises(BlockingIOError):
+        compare.carry_out(plan, run, run.lr, None)
 
 
-def test_results_of_other_settings_are_never_mixed_in(tmp_path, few):
-    compare.compare(tiny_plan(tmp_path, "--claims", 5))
+def test_results_of_other_settings_are_never_mixed_in(copy, few):
     with pytest.raises(ValueError, match="holds a run with --steps 3, and this comparison has 4; name another --out"):
-        compare.compare(tiny_plan(tmp_path, "--claims", 5, "--steps", 4))
-    assert len(few) == 16
+        compare.compare(tiny_plan(copy, *WHOLE, "--steps", 4))
+    assert few == []
 
 
 # ------------------------------------------------------------------------------------------ the learning-rate search
 class Untouchable(list):
-    """A split that must not be looked at."""
+    """A split that must not be looked at; how many samples it has may be known."""
 
     def __iter__(self):
         raise AssertionError("the test samples were looked at")
-    __getitem__ = __len__ = __contains__ = __iter__
+    __getitem__ = __contains__ = __iter__
 
 
-def test_the_search_never_looks_at_test_samples(tmp_path, monkeypatch):
+def test_the_search_never_looks_at_test_samples(tmp_path, monkeypatch, few):
     """In runs of the search any look at the test split fails; and other test samples leave every choice as it is."""
-    def load(names, samples=None, seed=0, spoiled=False):
-        return [replace(task, validation=task.validation[:3], test=Untouchable() if seed == SEARCH_SEED else
-                        [("?", "no")] * 3 if spoiled else task.test[:3]) for task in load_tasks(names, samples, seed)]
+    def load(names, samples, seed):
+        tasks = [few_samples(name, samples, seed) for name in names]
+        return [replace(task, test=Untouchable(task.test) if seed == SEARCH_SEED else
+                        [("?", "no")] * 2 if spoiled else task.test) for task in tasks]
+    monkeypatch.setattr(training, "load_tasks", load)
     chosen = []
     for spoiled in (False, True):
-        monkeypatch.setattr(train, "load_tasks", lambda *args: load(*args, spoiled=spoiled))
-        results = compare.compare(tiny_plan(tmp_path / str(spoiled), "--claims", 4))
+        results = compare.compare(tiniest_plan(tmp_path / str(spoiled), "mlora"))
         assert all(run["seed"] == SEARCH_SEED for run in results["runs"] if run["search"])
         chosen.append((results["rates"], [run["lr"] for run in results["runs"]]))
-    assert chosen[0] == chosen[1]
+    assert chosen[0] == chosen[1] and len(chosen[0][1]) == 4
 
 
 def test_the_best_rate_on_validation_is_taken_by_all_runs_of_the_method(tmp_path, monkeypatch, few):
     """With accuracies that depend on the split and the rate alone, every method takes the rate best on validation."""
     now = {}
 
-    def remember(config, *args, original=train.fill_in, **options):
+    def remember(config, original=training.resolve):
         now["lr"] = original(config).lr
         return original(config)
-    monkeypatch.setattr(train, "fill_in", remember)
-    monkeypatch.setattr(train, "accuracies", lambda model, tokenizer, tasks, split, *rest: {
+    monkeypatch.setattr(training, "resolve", remember)
+    monkeypatch.setattr(training, "accuracies", lambda model, tokenizer, tasks, split, *rest: {
         task.name: {("validation", 0.005): 0.9, ("test", 0.001): 0.8}.get((split, now["lr"]), 0.1) for task in tasks})
-    results = compare.compare(tiny_plan(tmp_path, "--claims", 5))
+    results = compare.compare(tiniest_plan(tmp_path, "rlora", "lora_matched"))
     assert {run["lr"] for run in results["runs"] if not run["search"]} == {0.005}
-    assert {rate["lr"] for rate in results["rates"]} == {0.005}
+    assert [rate["lr"] for rate in results["rates"]] == [0.005, 0.005]
     assert all(rate["tried"] == {"0.001": pytest.approx(0.1), "0.005": pytest.approx(0.9)} for rate in results["rates"])
     assert read_config(tmp_path / "runs" / "rlora-tasks-all-seed1").lr == 0.005
     assert best_rate({2e-3: 0.5, 1e-3: 0.5, 5e-3: 0.4}) == 1e-3  # the lower of equals
@@ -365,52 +413,49 @@ def test_which_search_a_group_takes_its_rate_from(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- the controls
-def test_shuffled_groups_have_the_sizes_of_the_tasks_and_other_members(tmp_path, monkeypatch, few):
-    true, used = [], []
+def test_shuffled_groups_have_the_sizes_of_the_tasks_and_other_members(monkeypatch):
+    used = []
 
-    def balanced(self, size, original=train.BalancedBatches.balanced):
-        true.append(original(self, size))
-        return true[-1]
-
-    def loss(features, batch, kind, original=align.alignment_loss):
+    def loss(features, batch, kind, original=train.alignment_loss):
         used.append(batch)
         return original(features, batch, kind)
-    monkeypatch.setattr(train.BalancedBatches, "balanced", balanced)
     monkeypatch.setattr(train, "alignment_loss", loss)
     for shuffled in (False, True):
-        del true[:], used[:]
-        train.main(TrainConfig(tasks=["word_sorting", "dyck_languages"], steps=3, batch_size=16, samples=8, rank=2,
-                               shuffle_groups=shuffled, device="cpu", out=str(tmp_path / str(shuffled))))
-        order = [batch["attention_mask"].sum(1).argsort(stable=True) for batch in true]
-        ids = [batch["task_ids"][rows].tolist() for batch, rows in zip(true, order)]
-        got = [batch["task_ids"].tolist() for batch in used]
-        assert all(sorted(group) == sorted(real) for group, real in zip(got, ids))  # eight and eight
+        config, model, batches = cost.begin_run(TrainConfig(
+            tasks=["word_sorting", "dyck_languages"], steps=3, batch_size=16, samples=8, rank=2,
+            shuffle_groups=shuffled, device="cpu"))
+        start = batches.state_dict()
+        true = [next(batches) for _ in range(3)]
+        batches.load_state_dict(start)
+        del used[:]
+        list(train.train(model, train.TrainState(model, batches, config), config, gradients.gradients_for(config)))
+        ids, got = ([batch["task_ids"].tolist() for batch in drawn] for drawn in (true, used))
+        assert len(got) == 3 and all(sorted(group) == sorted(real) for group, real in zip(got, ids))  # eight and eight
         assert (got != ids) == shuffled
-        assert all(torch.equal(batch["input_ids"], split["input_ids"][rows])
-                   for batch, split, rows in zip(used, true, order))
+        assert all(torch.equal(batch["input_ids"], real["input_ids"]) for batch, real in zip(used, true))
     assert len({tuple(group) for group in got}) == 3  # drawn anew in every step
 
 
 def test_tasks_not_trained_on_and_distances_are_measured_once(tmp_path, monkeypatch, few):
     plan = tiny_plan(tmp_path, "--claims", 6, "--held-out", "object_counting")
-    row = compare.do(plan, Run(Group("rlora"), 0), 1e-3, None)
+    row = compare.carry_out(plan, Run(Group("rlora"), 0), 1e-3, None)
     assert list(row["unseen_tasks"]) == ["object_counting"] and row["unseen"] == row["unseen_tasks"]["object_counting"]
     assert list(row["after"]) == ["word_sorting", "dyck_languages"] and "distance" not in row
     aligned = Run(Group("align_kl"), 0)
-    row = compare.do(plan, aligned, 1e-3, None)
+    row = compare.carry_out(plan, aligned, 1e-3, None)
     assert row["moved"] == row["distance"] - row["distance_start"] and row["distance_start"] > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "open_finished", None)
-        assert compare.do(plan, aligned, 1e-3, None) == row
+        assert compare.carry_out(plan, aligned, 1e-3, None) == row
     own = tmp_path / "of my own"
     own.mkdir()
     (own / "test.jsonl").write_text('{"prompt": "1 + 1? Answer:", "target": "2"}\n')
     plan.held_out = [str(own)]
-    row = compare.do(plan, aligned, 1e-3, None)
+    row = compare.carry_out(plan, aligned, 1e-3, None)
     assert list(row["unseen_tasks"]) == ["of my own"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "open_finished", None)
-        assert compare.do(plan, aligned, 1e-3, None) == row
+        assert compare.carry_out(plan, aligned, 1e-3, None) == row
 
 
 def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, few):
@@ -418,19 +463,28 @@ def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, f
 
     def count(model, tokenizer, tasks, split, *args):
         scored.append(([task.name for task in tasks], split))
-        return {task.name: 0.0 for task in tasks}
-    monkeypatch.setattr(compare, "accuracies", count)
-    for run in [Run(Group("lora"), 0), Run(Group("lora"), SEARCH_SEED, 1e-3), Run(Group("meta", "languages"), 0)] * 2:
-        compare.base_accuracies(plan, run, plan.config(run, 1e-3))
-    names = plan.places["tasks"]
-    assert scored == [(names, "test"), (names, "validation"), (plan.places["languages"], "test")]
+        return {task.name: len(scored) / 100 for task in tasks}
+    monkeypatch.setattr(training, "accuracies", count)
+    monkeypatch.setattr(training, "accuracies_after_adapting", lambda *args: count(*args[:3], "after"))
+    monkeypatch.setattr(training, "run_steps", lambda *args: scored.append("trained"))
+    rows = [compare.carry_out(plan, Run(Group(*group), seed, lr), 1e-3, None)
+            for group, seed, lr in ((("lora",), 0, None), (("lora",), SEARCH_SEED, 1e-3), (("rlora",), 0, None),
+                                    (("meta", "languages", 8), 0, None), (("lora_matched", "languages", 8), 0, None))]
+    names, languages = plan.task_sets["tasks"], plan.task_sets["languages"]
+    assert scored == [(names, "test"), "trained", (names, "test"),
+                      (names, "validation"), "trained", (names, "validation"),
+                      "trained", (names, "test"),
+                      (languages, "test"), "trained", (languages, "test"), (languages, "after"),
+                      "trained", (languages, "test")]
+    before = [row["average_before"] for row in rows]
+    assert before == pytest.approx([0.01, 0.04, 0.01, 0.09, 0.09])
 
 
 # -------------------------------------------------------------------------------------------------------- the costs
 def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
     costs = {"a": (2.0, 100), "b": (1.5, 110)}
     monkeypatch.setattr(cost, "in_a_process", lambda function, *args, **options: (
-        [costs[name][0] for name in args[0]] if function is cost.step_seconds else costs[args[1]][1]))
+        [[costs[name][0]] * 3 for name in args[1]] if function is cost.take_turns else costs[args[1][args[2]]][1]))
     for swapped in (False, True):
         found = cost.compare_costs(("a", "b"), swapped)
         assert (found["time"], found["memory"]) == pytest.approx((-25, 10))
@@ -438,16 +492,15 @@ def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc")
-def test_the_peak_counts_what_was_allocated_since_the_reset():
+def test_the_peak_counts_what_a_side_allocates_and_nothing_before():
     torch.ones(2 ** 25).sum()  # 128 MiB, gone before the count begins
-    before = cost.reset_peak()
-    torch.ones(2 ** 24).sum()  # 64 MiB, gone when it ends; less may be taken from what the process holds already
-    assert 62 * 2 ** 20 < cost.peak_memory() - before < 80 * 2 ** 20
+    used = cost.peak_of(lambda: [None, lambda: torch.ones(2 ** 24).sum()], (), 1, 2)  # 64 MiB, gone when it ends
+    assert 62 * 2 ** 20 < used < 80 * 2 ** 20  # less may be taken from what the process holds already
 
 
 @pytest.mark.slow
 def test_costs_are_measured_in_processes_of_their_own(tmp_path, few):
-    plan = tiny_plan(tmp_path, "--claims", 3, "--batch-size", 24)
+    plan = tiny_plan(tmp_path, "--claims", 3, "--batch-size", 24, "--targets", "all-linear")
     results = compare.compare(plan)
     assert few == [] and len(results["runs"]) == 4
     row = results["claims"][0]["comparisons"][0]
@@ -465,9 +518,9 @@ def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
     results = json.loads(file.read_text())
     sizes, numbers = results["conditions"]["sizes"], [claim["claim"] for claim in results["claims"]]
     assert numbers == list(range(1, 9))
-    plan = SimpleNamespace(claims=declare(sizes), sizes=sizes,
+    plan = SimpleNamespace(claims=declare(sizes), sample_counts=sizes,
                            seeds=len(results["conditions"]["seeds"]), command="", conditions=dict)
-    assert judge(plan, results["runs"])["claims"] == results["claims"]
+    assert judge_claims(plan, results["runs"])["claims"] == results["claims"]
     for row in (row for claim in results["claims"] for row in claim["comparisons"]):
         assert len(row["differences"]) == plan.seeds >= 3
         reach = stdev(row["differences"]) / plan.seeds ** 0.5 * T_975[plan.seeds - 2]
@@ -486,12 +539,12 @@ def test_a_summary_names_all_that_decides_in_80_columns(file):
 
 def test_conditions_name_the_languages_where_there_are_runs_on_them():
     results = json.loads((PUBLISHED / "mini.json").read_text())
-    assert "30 samples on english, german" in " ".join(conditions(results).split())
+    assert "30 samples on english, german" in " ".join(conditions_text(results).split())
     results["conditions"]["batch_size"] = 23  # of six tasks 18 samples, of five 20
-    text = " ".join(conditions(results).split())
+    text = " ".join(conditions_text(results).split())
     assert "steps of 18 samples, model mini on word_sorting" in text and "(claim 8: 20 samples on english" in text
     results["runs"] = [run for run in results["runs"] if run["where"] != "languages"]
-    assert "claim 8" not in conditions(results)
+    assert "claim 8" not in conditions_text(results)
 
 
 def test_what_the_documents_say_in_words_of_the_embedded_model():
@@ -500,7 +553,7 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     for curve in (dict(run["cosine_curve"]) for run in runs if run["method"] == "rlora" and "cosine_curve" in run):
         assert curve[0] == pytest.approx(-0.25, abs=0.005) and curve[30] > 0.5 and max(curve.values()) < 0.6
     accuracy = {method: mean(run["average_after"] for run in runs if (run["method"], run["where"], run.get("samples"))
-                             == (method, "tasks", 500)) for method in METHODS if "meta" not in method}
+                             == (method, "tasks", 500)) for method in VARIANTS if "meta" not in method}
     assert max(accuracy, key=accuracy.get) == "align_kl"
     assert all(accuracy["lora_matched"] > accuracy[heads] for heads in ("hydralora", "rlora", "mlora"))
     tried = {rate["method"]: rate["tried"] for rate in results["rates"] if rate["where"] == "tasks"}
@@ -510,7 +563,7 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     assert max(abs(gain) for *_, gain in adapting) < 1.4
     assert all(gain == 0 for where, samples, gain in adapting if where == "languages" or samples == 10)
     assert {run["samples"]: run["lr"] for run in runs if run["method"] == "meta" and run["where"] == "tasks"} == {
-        size: 0.003 for size in SIZES}
+        size: 0.003 for size in SAMPLE_COUNTS}
     assert {run["lr"] for run in runs if (run["method"], run["where"]) == ("lora_matched", "tasks")} == {0.008}
     far = [run for run in results["runs"] if run["method"] == "meta_far"]
     percent = {run["name"]: tuple(round(100 * run[name], 1) for name in ("average_after", "average_after_adapting"))
@@ -580,20 +633,33 @@ def test_what_the_documents_say_in_words_of_the_real_model():
 
 
 # ------------------------------------------------------------------------------------------- pictures and command
-def test_pictures_are_written_where_matplotlib_is(tmp_path, few, capsys):
+def test_pictures_are_written_where_matplotlib_is(tmp_path, whole, capsys):
     pytest.importorskip("matplotlib")
-    results = compare.compare(tiny_plan(tmp_path, "--claims", 1, 7))
-    assert {size: len(seeds) for size, seeds in accuracies_by_size(results, "meta", "tasks").items()} == {8: 2, 12: 2}
-    for name in ("verdicts", "controls", "budgets", "cosines"):
+    results = json.loads((PUBLISHED / "mini.json").read_text())
+    results["claims"] = [claim for claim in results["claims"] if claim["claim"] in (5, 8)]
+    curve = pictures.accuracies_by_count(results, "meta", "tasks")
+    assert {count: len(seeds) for count, seeds in curve.items()} == dict.fromkeys(SAMPLE_COUNTS, 6)
+    pictures.draw_comparison(results, tmp_path)
+    names = {"verdicts", "controls", "budgets", "cosines"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
     assert "no pictures" not in capsys.readouterr().err
 
 
-def test_without_matplotlib_there_is_a_message_and_all_the_rest(tmp_path, monkeypatch, few, capsys):
+def test_pictures_are_only_of_what_was_compared(copy):
+    """Claims 1 and 4 have neither controls nor a curve."""
+    pytest.importorskip("matplotlib")
+    compare.main(["--report", str(copy)])
+    assert {path.name for path in copy.glob("*.png")} == {"verdicts.png", "cosines.png"}
+
+
+def test_without_matplotlib_there_is_a_message_and_all_the_rest(copy, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    compare.compare(tiny_plan(tmp_path, "--claims", 5))
-    assert (tmp_path / "table.md").is_file() and not list(tmp_path.glob("*.png"))
+    (copy / "table.md").unlink()
+    compare.main(["--report", str(copy)])
+    assert (copy / "table.md").is_file() and not list(copy.glob("*.png"))
     assert 'no pictures: they need matplotlib; pip install "tinylora_mtl[plots]"' in capsys.readouterr().err
 
 
@@ -611,7 +677,8 @@ def test_what_cannot_work_is_one_line_before_any_run(tmp_path, capsys, flags, me
 
 
 def test_another_model_needs_languages_for_claim_8(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tinylora_mtl.lab.plan.load_model", lambda *args: load_model("mini", "cpu"))
+    mini = load_model("mini", "cpu")
+    monkeypatch.setattr("tinylora_mtl.lab.plan.models.load_model", lambda *args: mini)
     plan = tiny_plan(tmp_path, "--model", "another", "--held-out", "object_counting", "--rank", 4, "--heads", 5)
     assert [claim.number for claim in plan.claims] == [1, 2, 3, 4, 5, 6, 7]
     assert "without claim 8: it needs --languages" in capsys.readouterr().out

@@ -2,19 +2,26 @@
 
 import json
 import math
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, make_llama, run
+from conftest import make_llama, run
 from safetensors.torch import load_file
 
 from tinylora_mtl import AdapterConfig, MultiHeadLoRALinear, add_adapters, adapter_parameters, kl_alignment
-from tinylora_mtl.lab import heads
-from tinylora_mtl.adapters import PREFIX, find_adapters
+from tinylora_mtl.adapters import find_adapters
 from tinylora_mtl.align import collect_features
 from tinylora_mtl.batching import encode
+from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.lab import heads
 from tinylora_mtl.multihead import cosines, head_cosines, mean_of_pairs
+from tinylora_mtl.run import training
+from tinylora_mtl.run.adapter_files import PREFIX
+from tinylora_mtl.run.cli import run_command
 
 
 def cosine(a, b):
@@ -50,22 +57,24 @@ def test_the_log_has_null_for_zero_heads_and_nothing_for_one_branch():
         assert head_cosines(model) == expected
 
 
-def test_the_log_of_a_run_has_the_cosines_of_its_adapter(tmp_path):
-    run(tmp_path, method="hydralora", warmup=0.0)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    stacks = [tensor for name, tensor in tensors.items() if ".heads" in name]
-    loops = [sum(cosine(a[i], a[j]) for i in range(5) for j in range(i)) / 10 for a in stacks]
-    assert sorted(lines[-1]["head_cosine"]) == pytest.approx(sorted(loops), abs=1e-4)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny run of each kind."""
+    """A tiny run of each kind, scored on two samples of a task."""
     folder = tmp_path_factory.mktemp("runs")
-    for method in ("rlora", "align"):
-        run(folder / method, method=method, warmup=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "load_tasks", lambda *args: [
+            replace(task, validation=task.validation[:2]) for task in load_tasks(*args)])
+        for method in ("rlora", "align"):
+            run(folder / method, method=method, warmup=0.0)
     return folder
+
+
+def test_the_log_of_a_run_has_the_cosines_of_its_adapter(trained):
+    lines = [json.loads(line) for line in (trained / "rlora" / "metrics.jsonl").read_text().splitlines()]
+    tensors = load_file(trained / "rlora" / "adapter" / "adapter_model.safetensors")
+    stacks = [tensor for name, tensor in tensors.items() if ".heads" in name]
+    loops = [sum(cosine(a[i], a[j]) for i in range(5) for j in range(i)) / 10 for a in stacks]
+    assert sorted(lines[-1]["head_cosine"]) == pytest.approx(sorted(loops), abs=1e-4) and len(loops) == 35
 
 
 @pytest.fixture
@@ -89,27 +98,28 @@ def test_features_and_router_against_samples_one_by_one(trained, short):
     config, tasks, model, tokenizer = heads.open_finished(trained / "rlora", "cpu")
     features = heads.collect(model, tokenizer, tasks, config.max_length)
     expected = one_by_one(model, tokenizer, tasks, "lora_A")
-    assert list(features) == list(expected) == list(find_adapters(model))
+    assert list(expected) == list(find_adapters(model))
     apart, alike = heads.task_distances(features), heads.task_cosines(features)
-    for name, (first, second) in expected.items():
+    assert apart.shape == alike.shape == (35, 2, 2)
+    for distances, cosines_, (first, second) in zip(apart, alike, expected.values()):
         first, second = torch.cat(first), torch.cat(second)
-        assert [len(torch.cat(samples)) for samples in features[name]] == [len(first), len(second)]
-        assert mean_of_pairs(apart[name]).item() == pytest.approx(kl_alignment([first, second]).item(), rel=1e-3)
-        assert apart[name].diagonal().abs().max() < 1e-6 and torch.allclose(apart[name], apart[name].T)
-        assert alike[name][0, 1].item() == pytest.approx(cosine(first.mean(0), second.mean(0)), abs=1e-4)
+        assert [len(torch.cat(samples)) for samples in features] == [len(first), len(second)]
+        assert mean_of_pairs(distances).item() == pytest.approx(kl_alignment([first, second]).item(), rel=1e-3)
+        assert distances.diagonal().abs().max() < 1e-6 and torch.allclose(distances, distances.T)
+        assert cosines_[0, 1].item() == pytest.approx(cosine(first.mean(0), second.mean(0)), abs=1e-4)
     weights = heads.router_weights(heads.collect(model, tokenizer, tasks, config.max_length, "router"))
-    for name, tasks_scores in one_by_one(model, tokenizer, tasks, "router").items():
+    for layer, tasks_scores in zip(weights, one_by_one(model, tokenizer, tasks, "router").values(), strict=True):
         loop = torch.stack([torch.stack([torch.softmax(token, 0) for z in samples for token in z]).mean(0)
                             for samples in tasks_scores])
-        assert torch.allclose(weights[name], loop, atol=1e-5) and torch.allclose(weights[name].sum(1), torch.ones(2))
+        assert torch.allclose(layer, loop, atol=1e-5) and torch.allclose(layer.sum(1), torch.ones(2))
 
 
 def test_principal_components_against_the_covariance(trained, short):
     config, tasks, model, tokenizer = heads.open_finished(trained / "align", "cpu")
     features = heads.collect(model, tokenizer, tasks, config.max_length)
     points, owner, shares = heads.principal_components(features)
-    table = torch.cat([torch.stack([z.mean(0) for samples in groups for z in samples])
-                       for groups in features.values()], dim=1).double()
+    table = torch.stack([torch.cat([z[:, layer].mean(0) for layer in range(35)])
+                         for samples in features for z in samples]).double()
     table = table - table.mean(0)
     values, vectors = torch.linalg.eigh(table.T @ table)
     assert owner.tolist() == [0] * 5 + [1] * 5
@@ -117,7 +127,7 @@ def test_principal_components_against_the_covariance(trained, short):
     assert torch.allclose(points.double().abs(), (table @ vectors.flip(1)[:, :2]).abs(), atol=1e-3)
 
 
-def test_back_to_start_is_the_adapter_that_the_run_began_with(tmp_path):
+def test_back_to_start_is_the_adapter_that_the_run_began_with(tmp_path, few):
     """A single step with a learning rate of 0 (all of the run is warm-up) leaves the start in the file."""
     run(tmp_path, method="rlora", steps=1, warmup=1.0)
     config, _, model, _ = heads.open_finished(tmp_path, "cpu")
@@ -156,9 +166,16 @@ def test_pictures(trained, short):
             assert all(file.read_bytes().startswith(start) for file in files)
 
 
-def test_a_run_that_is_not_finished_is_one_line(tmp_path):
-    run(tmp_path / "run", method="lora", steps=1)
-    (tmp_path / "run" / "adapter").rename(tmp_path / "gone")
-    answer = command("--run", tmp_path / "run", cwd=tmp_path, module="lab.heads")
-    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
-    assert "is not finished, so it has no adapter" in answer.stderr
+@pytest.mark.parametrize("name", ["bench", "compare", "heads", "report"])
+def test_what_is_a_command_ends_as_one(name):
+    lines = (Path(heads.__file__).parent / f"{name}.py").read_text().splitlines()
+    assert lines[-2] == 'if __name__ == "__main__":' and lines[-1].strip() in ("run_command(main)", "cli.run_command(main)")
+
+
+def test_a_run_that_is_not_finished_is_one_line(tmp_path, trained, capsys):
+    shutil.copy(trained / "rlora" / "config.json", tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: heads.main(["--run", str(tmp_path)]))
+    answer = capsys.readouterr().err
+    assert end.value.code == 2 and len(answer.splitlines()) == 1
+    assert "is not finished, so it has no adapter" in answer

@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import TINY, flags_of, make_batch, make_llama, randomize_adapters, run, tree
 from safetensors.torch import load_file
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinylora_mtl import adapter_parameters, add_adapters
-from tinylora_mtl.run import checkpoint, distributed, folder as run_folder, training as train
-from tinylora_mtl.align import owners
+from tinylora_mtl.config import TrainConfig, adapter_config
+from tinylora_mtl.run import checkpoint, distributed, folder, loop, training
 from tinylora_mtl.run.checkpoint import list_checkpoints, load_checkpoint
-from tinylora_mtl.run.distributed import data_parallel, process_group, rank, world
-from tinylora_mtl.run.settings import TrainConfig, adapter_config, check_sizes
+from tinylora_mtl.run.distributed import process_group, process_rank, world_size
+from tinylora_mtl.run.gradients import gradients_for
+from tinylora_mtl.run.settings import check_sizes
 from tinylora_mtl.data.tasks import Task
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
@@ -31,34 +31,33 @@ STEPS = {"lora": {"method": "lora"}, "hydralora": {"method": "hydralora"},
          "checkpointing": {"method": "align", "accumulation": 2, "gradient_checkpointing": True}}
 
 
-class Episodes:
-    """Stands for BalancedBatches: a round of four tasks."""
-    rows = [None] * 4
-
-    def episodes(self, *sizes):
-        return [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,), each=3)) for t in range(4)]
+def round_of_four():
+    return [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,), each=3)) for t in range(4)]
 
 
 def one_step(**changes):
-    """(numbers, gradients by name) of a step: of the one process, or of this one of several."""
+    """(metrics, gradients by name) of a step: of the one process, or of this one of several."""
     config = TrainConfig(**{"dropout": 0.0, "align_weight": 0.5, **changes})
     model = make_llama()
     add_adapters(model, adapter_config(config))
     randomize_adapters(model)
     if config.gradient_checkpointing:
-        train.checkpoint_layers(model)
-    model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.method == "meta":
-        numbers, _ = train.meta_step(model, Episodes(), config, log=True)
+        batch = round_of_four()
     else:
         batch = {key: tensor.flip(0) for key, tensor in make_batch(each=4).items()}  # the first share is the shorter
-        assert len({len(owners({key: tensor[i::2] for key, tensor in batch.items()})) for i in range(2)}) == 2
-        called, exchanges = data_parallel(model), []
-        if world() > 1:
-            called.register_comm_hook(None, lambda _, bucket: exchanges.append(1) or allreduce_hook(None, bucket))
-        numbers = train.multitask_step(called, batch, config)
-        assert len(exchanges) == world() - 1  # one for all pieces together
-    return numbers, {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
+        assert len({batch["attention_mask"][i::2].sum().item() for i in range(2)}) == 2
+    exchanges = []
+
+    def all_reduce(tensor, original=torch.distributed.all_reduce):
+        exchanges.append(tensor.numel())
+        return original(tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        metrics = gradients_for(config)(model.train(), batch, config)
+    assert len(exchanges) == world_size() - 1  # one for all micro-batches together
+    return metrics, {name: parameter.grad.clone() for name, parameter in adapter_parameters(model).items()}
 
 
 def many_tokens():
@@ -66,8 +65,8 @@ def many_tokens():
     model = make_llama()
     add_adapters(model, adapter_config(TrainConfig()))
     config = TrainConfig(method="align", align="mmd", align_weight=0.5)
-    torch.manual_seed(rank())
-    return train.multitask_step(data_parallel(model.train()), make_batch(each=60), config)["alignment"]
+    torch.manual_seed(process_rank())
+    return gradients_for(config)(model.train(), make_batch(each=60), config)["alignment"]
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +176,8 @@ def test_a_signal_ends_all_with_a_checkpoint_and_the_run_goes_on(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, few, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for module in (train, checkpoint, run_folder):
-        monkeypatch.setattr(module, "rank", lambda: 1)
+    for module in (training, loop, checkpoint, folder):
+        monkeypatch.setattr(module, "process_rank", lambda: 1)
     run(None, out=None, method="lora", steps=2, checkpoint_every=1)
     assert tree(tmp_path) == {}
     assert capsys.readouterr().err == ""  # no bar either
@@ -202,10 +201,10 @@ def test_an_error_of_all_is_told_once(tmp_path):
 
 
 def test_every_process_has_its_part_of_every_task(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     batch, seen = make_batch(each=4), []
     for number in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda: number)
+        monkeypatch.setattr(distributed, "process_rank", lambda: number)
         part = distributed.share(batch)
         assert part["task_ids"].tolist() == [0, 0, 1, 1, 2, 2]
         seen += part["input_ids"].tolist()
@@ -214,7 +213,7 @@ def test_every_process_has_its_part_of_every_task(monkeypatch):
 
 def test_what_cannot_be_shared_is_refused(monkeypatch):
     tasks = [Task(name, [("a", "b")] * 50, [("a", "b")], [("a", "b")]) for name in "abc"]
-    monkeypatch.setattr("tinylora_mtl.run.settings.world", lambda: 2)
+    monkeypatch.setattr("tinylora_mtl.run.settings.world_size", lambda: 2)
     check_sizes(TrainConfig(method="lora", batch_size=6), tasks)
     check_sizes(TrainConfig(method="lora", batch_size=12, accumulation=6), tasks)
     for settings, problem in [
@@ -226,9 +225,9 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
     check_sizes(TrainConfig(method="meta", tasks_per_round=2), tasks)
 
 
-def test_the_table_in_the_readme():
+def test_the_table_in_the_rooms_readme():
     """Its numbers from the formulas below it, and from the parameters of the layers themselves."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(distributed.__file__).parent / "README.md").read_text()
     lines = text.split("<!-- worked out -->\n")[1].split("\n\n")[0].splitlines()[2:]
     rows = {line.split("|")[1].strip(): [cell.split()[0] for cell in line.split("|")[2:-1]] for line in lines}
     assert list(rows) == ["lora", "align", "meta", "mlora", "hydralora", "rlora"]
@@ -251,4 +250,4 @@ def test_the_table_in_the_readme():
 if __name__ == "__main__":  # one of the two processes of `both`
     with process_group():
         found = {name: one_step(**changes) for name, changes in STEPS.items()} | {"many tokens": many_tokens()}
-        torch.save(found, f"{sys.argv[1]}/{rank()}.pt")
+        torch.save(found, f"{sys.argv[1]}/{process_rank()}.pt")

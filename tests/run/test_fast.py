@@ -7,36 +7,32 @@ import torch
 from conftest import SETTINGS, TINY, make_batch, make_llama, outcome, randomize_adapters, run, stopped_run
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, load_adapter, merge_adapters
-from tinylora_mtl.run import training as train
+from tinylora_mtl.run import training
 from tinylora_mtl.align import collect_features
-from tinylora_mtl.batching import label_loss
+from tinylora_mtl.loss import label_loss
 from tinylora_mtl.run.cli import run_command
-from tinylora_mtl.evaluate import accuracies
-from tinylora_mtl.run.models import checkpoint_layers, compile_model, load_model
-from tinylora_mtl.run.settings import METHODS, TrainConfig, adapter_config, check, resume_config
+from tinylora_mtl.run.scoring import accuracies
+from tinylora_mtl.run.gradients import gradients_for
+from tinylora_mtl.run.models import compile_model, load_model
+from tinylora_mtl.config import METHODS, TrainConfig, adapter_config
+from tinylora_mtl.run.settings import check, resume_config
 from tinylora_mtl.data.tasks import load_tasks
 
 
-class Episodes:
-    """Stands for BalancedBatches: a round of three tasks."""
-    rows = [None] * 3
-
-    def episodes(self, *sizes):
-        return [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,), each=3)) for t in range(3)]
+def round_of_three():
+    return [(make_batch(seed=t, tasks=(t,)), make_batch(seed=9 + t, tasks=(t,), each=3)) for t in range(3)]
 
 
 def step(config, prepare=lambda model: model):
-    """(numbers, gradients) of one training step on a tiny model, which `prepare` may wrap or change."""
+    """(metrics, gradients) of one training step on a tiny model, which `prepare` may wrap or change."""
     model = make_llama()
     add_adapters(model, adapter_config(config))
     randomize_adapters(model)
     called = prepare(model.train())
     torch.manual_seed(3)
-    if config.method == "meta":
-        numbers, _ = train.meta_step(called, Episodes(), config, log=True)
-    else:
-        numbers = train.multitask_step(called, make_batch(), config)
-    return numbers, [parameter.grad for parameter in adapter_parameters(model).values()]
+    batch = round_of_three() if config.method == "meta" else make_batch()
+    metrics = gradients_for(config)(called, batch, config)
+    return metrics, [parameter.grad for parameter in adapter_parameters(model).values()]
 
 
 # ------------------------------------------------------------------------------------------------------- bfloat16
@@ -75,11 +71,11 @@ def test_float16_and_float32_compute_the_branch_in_float32():
         assert {z.dtype for z in features.values()} == {torch.float32}
 
 
-def test_a_run_in_bfloat16_can_be_scored_and_merged(tmp_path):
+def test_a_run_in_bfloat16_can_be_scored_and_merged(tmp_path, few):
     results = run(tmp_path, method="align", dtype="bfloat16", steps=2)
     model, tokenizer, _ = load_model("mini", "cpu", "bfloat16")
     load_adapter(model, tmp_path / "adapter")
-    tasks = load_tasks(TINY["tasks"])
+    tasks = training.load_tasks(TINY["tasks"])
     assert accuracies(model, tokenizer, tasks, "validation") == results["after"]
     ids = torch.arange(5, 25)[None]
     before = model(ids).logits
@@ -100,7 +96,7 @@ def test_gradient_checkpointing_changes_no_gradient(method, more):
         return model
 
     def checkpointed(model):
-        checkpoint_layers(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         return counted(model)
     plain = step(config, counted)
     once = len(calls)
@@ -111,10 +107,10 @@ def test_gradient_checkpointing_changes_no_gradient(method, more):
 def test_gradient_checkpointing_is_for_training_only(tmp_path, few, monkeypatch):
     """A run that goes on with it is the run without it; scoring computes every layer once."""
     models = []
-    monkeypatch.setattr(train, "load_model", lambda *args: models.append(load_model(*args)) or models[-1])
+    monkeypatch.setattr(training, "load_model", lambda *args: models.append(load_model(*args)) or models[-1])
     run(tmp_path / "whole", method="rlora", **SETTINGS)
     stopped_run(tmp_path / "run", 5, method="rlora")
-    train.main(resume_config(tmp_path / "run", gradient_checkpointing=True), resuming=True)
+    training.run(resume_config(tmp_path / "run", gradient_checkpointing=True), resuming=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     assert [model.model.layers[0].gradient_checkpointing for model, _, _ in models] == [False, False, True]
     calls = []
@@ -177,5 +173,5 @@ def test_compile_and_align_are_refused(capsys):
     with pytest.raises(ValueError, match="--compile does not go with --method align"):
         check(TrainConfig(method="align", compile=True))
     with pytest.raises(SystemExit):
-        run_command(lambda: train.command(["--compile"]))
+        run_command(lambda: training.command(["--compile"]))
     assert capsys.readouterr().err.startswith("error: --compile does not go with --method align")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import torch
 from conftest import SETTINGS, TINY, command, flags_of, outcome, run, start, stopped_run, tree
 from safetensors.torch import load_file, save_file
 
-from tinylora_mtl import AdapterConfig, add_adapters, evaluate, load_adapter, save_adapter
-from tinylora_mtl.data import pretrain
-from tinylora_mtl.run import training as train
+from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, save_adapter
+from tinylora_mtl import train as core
+from tinylora_mtl.run import training
 from tinylora_mtl.run.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.run.cli import run_command
 from tinylora_mtl.run.models import MINI, load_model
@@ -53,14 +54,13 @@ ADAPTERS = {  # name: (method, how it is spoiled, what the line must say)
     "nan": ("lora", tensor(one_nan), "holds a number that is not finite"),
     "infinity": ("lora", tensor(lambda x: x / 0), "holds a number that is not finite"),
     "whole numbers": ("lora", tensor(lambda x: x.int()), "holds int32, not floating-point numbers"),
-    "rank of zero": ("lora", entry(r=0), "its r is 0, not from 1 to 4096"),
+    "rank of zero": ("lora", entry(r=0), "its r is 0, not a whole number from 1 to 4096"),
     "rank below zero": ("lora", entry(r=-8), "its r is -8"),
-    "absurd rank": ("lora", entry(r=10 ** 9), "its r is 1000000000, not from 1"),
-    "rank beyond its layer": ("lora", entry(r=4000), "rank 4000 is too large for a layer of"),
+    "absurd rank": ("lora", entry(r=10 ** 9), "its r is 1000000000, not a whole number from 1"),
     "number beyond all": ("lora", entry(r=10 ** 300), "its r is 1000000"),
-    "rank as text": ("lora", entry(r="2"), "its r is '2', not a int"),
-    "rank as truth": ("lora", entry(r=True), "its r is True, not a int"),
-    "rank as fraction": ("lora", entry(r=2.0), "its r is 2.0, not a int"),
+    "rank as text": ("lora", entry(r="2"), "its r is '2', not a whole number"),
+    "rank as truth": ("lora", entry(r=True), "its r is True, not a whole"),
+    "rank as fraction": ("lora", entry(r=2.0), "its r is 2.0, not a whole"),
     "no rank": ("lora", lambda c, t: c.pop("r"), "its r is None"),
     "alpha as a list": ("lora", entry(lora_alpha=[16]), r"its lora_alpha is \[16\]"),
     "alpha nan": ("lora", entry(lora_alpha=float("nan")), "its lora_alpha is nan"),
@@ -69,32 +69,20 @@ ADAPTERS = {  # name: (method, how it is spoiled, what the line must say)
     "dropout as text": ("lora", entry(lora_dropout="0.1"), "its lora_dropout is '0.1'"),
     "dropout of one": ("lora", entry(lora_dropout=1.0), "its lora_dropout is 1.0"),
     "use_rslora as text": ("lora", entry(use_rslora="yes"), "its use_rslora is 'yes'"),
-    "type as a list": ("lora", entry(peft_type=["LORA"]), r"its peft_type is \['LORA'\]"),
+    "type as a list": ("lora", entry(peft_type=["LORA"]), r"its type is \['LORA'\]"),
     "another type": ("lora", entry(peft_type="IA3"), "its type is IA3, not LoRA"),
     "dora": ("lora", entry(use_dora=True), "it uses use_dora"),
     "pissa": ("lora", entry(init_lora_weights="pissa"), "it uses init_lora_weights"),
     "start as a dict": ("lora", entry(init_lora_weights={}), "it uses init_lora_weights"),
-    "huge heads": ("rlora", entry(heads=10 ** 8), "its heads is 100000000, not from 1 to 1024"),
+    "huge heads": ("rlora", entry(heads=10 ** 8), "its heads is 100000000, not a whole number from 1 to 1024"),
     "more heads": ("rlora", entry(heads=6), r"has shape \[5, 112, 2\], not \[6, 112, 2\]"),
     "heads as text": ("rlora", entry(heads="5"), "its heads is '5'"),
     "method of another type": ("rlora", entry(method="lora"), "its method 'lora' is none of its type's"),
     "unknown method": ("rlora", entry(method="os.system"), "its method 'os.system' is none"),
-    "method as a list": ("rlora", entry(method=["rlora"]), r"its method is \['rlora'\]"),
+    "method as a list": ("rlora", entry(method=["rlora"]), r"its method \['rlora'\] is none"),
     "no router": ("rlora", lambda c, t: t.pop(next(k for k in t if "router" in k)), "router.weight is missing"),
     "other router": ("hydralora", lambda c, t: t.update({k: v[:-1] for k, v in t.items() if "router" in k}),
                      r"router.weight has shape \[4, 112\]|router.weight has shape \[4, 256\]"),
-    "base steps out": ("lora", entry(base_model_name_or_path="../../home/me/model"), "its base_model_name_or_path is"),
-    "base with backslashes": ("lora", entry(base_model_name_or_path="a\\..\\..\\b"), "its base_model_name_or_path is"),
-    "base as a list": ("lora", entry(base_model_name_or_path=["mini"]), "its base_model_name_or_path is"),
-    "target is a path": ("lora", entry(target_modules=["q_proj", PAYLOAD]), "its target_modules has '../../etc"),
-    "target is absolute": ("lora", entry(target_modules=["/etc/passwd"]), "its target_modules has '/etc/passwd'"),
-    "target is a number": ("lora", entry(target_modules=[1]), "its target_modules has 1, not"),
-    "targets are a dict": ("lora", entry(target_modules={"q_proj": 1}), "its target_modules is {'q_proj'"),
-    "code of the base": ("lora", entry(auto_mapping={"base_model_class": "Trick", "parent_library": "evil.module"}),
-                         "its auto_mapping names code that is not transformers' own"),
-    "code as a path": ("lora", entry(auto_mapping={"base_model_class": "T", "parent_library": "transformers./../x"}),
-                       "its auto_mapping names code"),
-    "code as a text": ("lora", entry(auto_mapping="evil"), "its auto_mapping names code"),
 }
 RAW = {  # name: (file, its bytes, what the line must say)
     "config not json": ("adapter_config.json", b"{", "adapter_config.json is no file that can be read: Expecting"),
@@ -103,18 +91,17 @@ RAW = {  # name: (file, its bytes, what the line must say)
     "config not utf-8": ("adapter_config.json", b'{"r": "\xff\xfe"}', "can't decode byte 0xff"),
     "config deep": ("adapter_config.json", b'{"r": ' + b"[" * 10 ** 5 + b"]" * 10 ** 5 + b"}", "recursion"),
     "config long number": ("adapter_config.json", b'{"r": ' + b"9" * 10 ** 5 + b"}", "can be read: Exceeds the limit"),
-    "config too large": ("adapter_config.json", b" " * 2_000_000 + b"{}", "it has over 1,000,000 bytes"),
-    "weights cut off": ("adapter_model.safetensors", None, "is not an adapter that can be read"),
-    "weights empty": ("adapter_model.safetensors", b"", "is not an adapter that can be read"),
-    "weights a pickle": ("adapter_model.safetensors", b"\x80\x04cos\nsystem\n", "is not an adapter that can be read"),
-    "header of exabytes": ("adapter_model.safetensors", b"\xff" * 7 + b"\x0f{}", "is not an adapter that can be read"),
+    "weights cut off": ("adapter_model.safetensors", None, "is not an adapter that can be loaded"),
+    "weights empty": ("adapter_model.safetensors", b"", "is not an adapter that can be loaded"),
+    "weights a pickle": ("adapter_model.safetensors", b"\x80\x04cos\nsystem\n", "is not an adapter that can be loaded"),
+    "header of exabytes": ("adapter_model.safetensors", b"\xff" * 7 + b"\x0f{}", "is not an adapter that can be loaded"),
     "header beyond the file": ("adapter_model.safetensors", (10 ** 6).to_bytes(8, "little") + b"{}",
-                               "is not an adapter that can be read"),
+                               "is not an adapter that can be loaded"),
     "tensor beyond the file": ("adapter_model.safetensors", lambda header: header.update(
         {"x": {"dtype": "F32", "shape": [10 ** 6, 10 ** 6], "data_offsets": [0, 4 * 10 ** 12]}}),
-        "is not an adapter that can be read"),
+        "is not an adapter that can be loaded"),
     "tensors that overlap": ("adapter_model.safetensors", lambda header: header.update(
-        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}), "is not an adapter that can be read"),
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}), "is not an adapter that can be loaded"),
 }
 
 
@@ -221,7 +208,6 @@ FLAGS = {  # of train: what the line must say
     "--device tpu": "device 'tpu' is not to be had", "--device cuda:99": "device 'cuda:99' is not to be had",
     "--device meta": "device 'meta' is not to be had",
     "--rank 0": "--rank must be at least 1, got 0", "--rank 99999999": "--rank must be at most 4096, got 99999999",
-    "--rank 4096": "rank 4096 is too large for a layer of 112 x 112; the most is 1792",
     "--rank 2.5": "--rank: invalid int value: '2.5'", "--rank": "--rank: expected one argument",
     "--heads 0 --method rlora": "--heads must be at least 1, got 0",
     "--heads 1 --method rlora": "heads must be at least 2, got 1",
@@ -231,7 +217,7 @@ FLAGS = {  # of train: what the line must say
     "--batch-size 0": "--batch-size must be at least 1, got 0",
     "--batch-size 7": "--batch-size 7 cannot hold 8 tasks",
     "--batch-size 99999999999": "--batch-size must be at most 1048576",
-    "--batch-size 15 --accumulation 12": "--batch-size 15 cannot hold 8 tasks in 12 piece",
+    "--batch-size 15 --accumulation 12": "--batch-size 15 cannot hold 8 tasks in 12 micro-batch",
     "--accumulation 0": "--accumulation must be at least 1",
     "--tasks navigate": "align needs at least two tasks",
     "--lr -1": "--lr must be above 0, got -1.0", "--lr nan": "--lr must be above 0, got nan",
@@ -286,8 +272,8 @@ OTHERS = {  # of the other commands: what the line must say
     "evaluate --adapter adapters/no%weights": f"it has no {WEIGHTS}",
     "evaluate --tasks x": "unknown task 'x'", "evaluate --split x": "invalid choice: 'x'",
     "evaluate --show x": "invalid int", "evaluate --show -1": "--show",
-    "evaluate --max-length 0": "--max-length must be",
-    "evaluate --max-length -5": "--max-length must be at least 1", "evaluate --device tpu": "device 'tpu' is not",
+    "evaluate --max-length 0": "--max-length: must be",
+    "evaluate --max-length -5": "--max-length: must be from 1", "evaluate --device tpu": "device 'tpu' is not",
     "evaluate --nonsense": "unrecognized arguments: --nonsense",
     "data.pretrain --steps 0": "--steps: must be from 1 to", "data.pretrain --steps x": "--steps: invalid int value: 'x'",
     "data.pretrain --batch-size 3": "--batch-size: must be from 4 to",
@@ -323,14 +309,15 @@ def check_refusal(status, output, error, said):
     assert re.search(said, error), error
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # it is run again, as the command
 @pytest.mark.parametrize("line", TABLE)
 def test_bad_input_is_one_line_and_status_2_and_changes_nothing(world, monkeypatch, capfd, line):
     monkeypatch.chdir(world)
     before = tree(world)
     name, flags = words(line)
-    main = {"train": train.command, "evaluate": evaluate.main, "data.pretrain": pretrain.main}[name]
+    monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: main(flags))
+        runpy.run_module(f"tinylora_mtl.{name}", run_name="__main__")
     captured = capfd.readouterr()
     check_refusal(stopped.value.code, captured.out, captured.err, TABLE[line])
     assert tree(world) == before
@@ -399,22 +386,22 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tmp_path, c
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / (path + ".tmp")).symlink_to("/dev/full")
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.command(["--resume", str(folder)]))
+        run_command(lambda: training.command(["--resume", str(folder)]))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: no space left to write in {folder}: make room, then to go on: "
         f"python -m tinylora_mtl.train --resume {folder}")
     assert load_checkpoint(folder)["step"] == step and not list(folder.rglob("*.tmp"))
     assert not (folder / "results.json").exists()
-    train.resume(folder)
+    training.resume(folder)
     assert outcome(folder) == outcome(tmp_path / "whole")
 
 
 LIMITED = """
 import resource, sys
-from tinylora_mtl.run import cli, training as train
+from tinylora_mtl.run import cli, training
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-cli.run_command(lambda: train.command(sys.argv[2:]))
+cli.run_command(lambda: training.command(sys.argv[2:]))
 """
 
 
@@ -440,19 +427,19 @@ def test_a_run_folder_that_cannot_be_written_to(tmp_path, capsys, few):
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").mkdir()
     with pytest.raises(SystemExit):
-        run_command(lambda: train.command(["--resume", str(tmp_path)]))
+        run_command(lambda: training.command(["--resume", str(tmp_path)]))
     assert f"error: {tmp_path} cannot be written to: Is a directory" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- numbers watched
 def spoil_loss(monkeypatch, *calls):
     """NaN as the loss of the n-th calls of label_loss."""
-    original, count = train.label_loss, []
+    original, count = core.label_loss, []
 
     def spoiled(*args):
         count.append(1)
         return original(*args) * (float("nan") if len(count) in calls else 1.0)
-    monkeypatch.setattr(train, "label_loss", spoiled)
+    monkeypatch.setattr(core, "label_loss", spoiled)
 
 
 def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys, few):
@@ -464,7 +451,7 @@ def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys,
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None]
     said = capsys.readouterr().err
     for step in (2, 4):
-        line = f"the loss is not finite at step {step}, in a batch of word_sorting, dyck_languages: skipped"
+        line = f"the gradient is not finite at step {step}, its loss is nan, in a batch of word_sorting, dyck_languages: skipped"
         assert said.count(line) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values())
 
@@ -490,13 +477,13 @@ def test_no_more_than_that_many_are_skipped_over_all_lives(tmp_path, few):
         stopped_run(tmp_path / "b", 4, method="lora", skip_bad_steps=1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError, match="after 1 skipped before it"):
         spoil_loss(patch, 2)
-        train.resume(tmp_path / "b")
+        training.resume(tmp_path / "b")
 
 
 def test_without_the_flag_the_first_bad_loss_stops_the_run(tmp_path, monkeypatch, few):
     spoil_loss(monkeypatch, 2)
-    with pytest.raises(FloatingPointError, match="^the loss is not finite at step 2, in a batch of word_sorting, "
-                                                 "dyck_languages; a lower --lr usually helps"):
+    with pytest.raises(FloatingPointError, match="^the gradient is not finite at step 2, its loss is nan, in a batch of "
+                                                 "word_sorting, dyck_languages; a lower --lr usually helps"):
         run(tmp_path, method="lora")
 
 
@@ -512,29 +499,18 @@ def test_a_gradient_that_is_not_finite_is_noticed_by_itself(tmp_path, monkeypatc
             parameters[-1].grad.view(-1)[0] = float("inf")
         return original(parameters, most)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(FloatingPointError, match="^the gradient is not finite at step 2, in a batch of "):
+    with pytest.raises(FloatingPointError, match=r"^the gradient is not finite at step 2, its loss is \d.*, in a batch of "):
         run(tmp_path, method=method)
 
 
-def test_parts_that_no_step_moved_are_said_once(tmp_path, monkeypatch, capsys, few):
+def test_parts_that_are_still_zero_are_said_once(tmp_path, monkeypatch, capsys, few):
     run(tmp_path / "a", method="hydralora")
     assert "warning" not in capsys.readouterr().err
     spoil_loss(monkeypatch, 1, 2)
     run(tmp_path / "b", method="hydralora", steps=2, skip_bad_steps=2)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 2
-    assert re.match(r"warning: 175 of the adapter's tensors are still zero.*: model.*heads\[0\], ", warnings[0])
-    assert re.match(r"warning: 105 of the adapter's tensors were changed by no step: ", warnings[1])
-
-
-def test_idle_parts_names_the_one_head_that_is_zero():
-    start = {"x.heads": torch.zeros(3, 2, 2), "x.lora_A.weight": torch.ones(2, 2), "y.lora_B.weight": torch.ones(2, 2)}
-    now = {"x.heads": torch.ones(3, 2, 2), "x.lora_A.weight": torch.ones(2, 2), "y.lora_B.weight": torch.zeros(2, 2)}
-    now["x.heads"][1] = 0
-    assert train.idle_parts(now, start) == [
-        "2 of the adapter's tensors are still zero, so they do nothing: y.lora_B.weight, x.heads[1]",
-        "1 of the adapter's tensors were changed by no step: x.lora_A.weight"]
-    assert train.idle_parts({"x.lora_B.weight": torch.ones(1)}, {"x.lora_B.weight": torch.zeros(1)}) == []
+    assert len(warnings) == 1
+    assert re.match(r"warning: 35 of the adapter's tensors are still zero.*: model.*heads, ", warnings[0])
 
 
 def test_an_alignment_without_gradient_is_one_line(tmp_path, monkeypatch, capsys, few):
@@ -542,9 +518,9 @@ def test_an_alignment_without_gradient_is_one_line(tmp_path, monkeypatch, capsys
         model, tokenizer, device = load_model(*args)
         model.gradient_checkpointing_enable({"use_reentrant": True})
         return model, tokenizer, device
-    monkeypatch.setattr(train, "load_model", load)
+    monkeypatch.setattr(training, "load_model", load)
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: train.command(flags_of(**TINY, out=tmp_path / "run", method="align")))
+        run_command(lambda: training.command(flags_of(**TINY, out=tmp_path / "run", method="align")))
     assert stopped.value.code == 2
     assert "error: the features have no gradient, so the alignment term would do nothing" in capsys.readouterr().err
 

@@ -8,30 +8,29 @@ import sys
 import pytest
 from conftest import TINY, flags_of
 
-from tinylora_mtl.run.settings import METHODS
+from tinylora_mtl.config import METHODS
 
 # Runs the real command in a process of its own and looks at its resident memory after every computed step.
 WATCHED = """
 import json, os, sys
-from tinylora_mtl.run import cli, training as train
+from tinylora_mtl.run import cli, loop, training
 
 seen = {}
 
-def watch(name):
-    original = getattr(train, name)
-    def step(*args):
-        result = original(*args)
-        watch.count += 1
-        if watch.count % 500 == 0:
-            pages = int(open("/proc/self/statm").read().split()[1])
-            seen[watch.count] = pages * os.sysconf("SC_PAGE_SIZE")
-        return result
-    setattr(train, name, step)
+def gradients_for(config, original=loop.gradients_for):
+    gradients, count = original(config), [0]
 
-watch.count = 0
-watch("multitask_step")
-watch("meta_step")
-cli.run_command(lambda: train.command(sys.argv[1:]))
+    def step(*args):
+        metrics = gradients(*args)
+        count[0] += 1
+        if count[0] % 500 == 0:
+            pages = int(open("/proc/self/statm").read().split()[1])
+            seen[count[0]] = pages * os.sysconf("SC_PAGE_SIZE")
+        return metrics
+    return step
+
+loop.gradients_for = gradients_for
+cli.run_command(lambda: training.command(sys.argv[1:]))
 print(json.dumps(seen))
 """
 # The least work that is still each method, whole, with log lines and checkpoints on the way.

@@ -9,12 +9,13 @@ import transformers
 from conftest import randomize_adapters
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, load_adapter, merge_adapters, save_adapter
-from tinylora_mtl.run import models, training as train
-from tinylora_mtl.batching import collate, encode, forward, label_loss
+from tinylora_mtl.run import models, training
+from tinylora_mtl.batching import collate, encode
+from tinylora_mtl.loss import forward, label_loss
 from tinylora_mtl.evaluate import generate_answers, log_likelihoods
 from tinylora_mtl.run.models import load_model, pick_dtype, pick_length
 from tinylora_mtl.data.tasks import load_tasks
-from tinylora_mtl.run.training import TrainConfig
+from tinylora_mtl.config import TrainConfig
 
 TOKENIZER = load_model("mini", "cpu")[1]
 SMALL = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -112,7 +113,7 @@ def test_the_command_trains_on_a_folder_without_a_pad_token(tmp_path, family, me
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "a model")
-    results = train.main(TrainConfig(
+    results = training.run(TrainConfig(
         model=str(tmp_path / "a model"), tasks=("navigate", "web_of_lies"), method=method, steps=2, batch_size=8,
         support=4, query=4, tasks_per_round=2, samples=20, device="cpu", split="validation", score="choose",
         out=str(tmp_path / "run")))

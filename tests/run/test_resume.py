@@ -1,5 +1,6 @@
 """A run that is stopped, in whatever way, goes on as if it had not been: the same adapter and log, bit for bit."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -15,16 +16,18 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SETTINGS, TINY, Killed, at_step, flags_of, kill, outcome, run, start, stopped_run
 
-from tinylora_mtl.run import checkpoint, training as train
+from tinylora_mtl.run import checkpoint, loop, training
 from tinylora_mtl.run.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.run.cli import Stopped, run_command
 from tinylora_mtl.run.folder import locked
-from tinylora_mtl.run.settings import MAY_DIFFER, METHODS, TrainConfig, resume_config
+from tinylora_mtl.config import METHODS, TrainConfig
+from tinylora_mtl.run.settings import MAY_DIFFER, resume_config
 
 
 def steps_logged(folder):
@@ -45,9 +48,9 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_never_stopped(tmp_path
             if killed_in:
                 at_step(patch, killed_in, kill)
                 with pytest.raises(Killed):
-                    train.resume(tmp_path / "run")
+                    training.resume(tmp_path / "run")
             else:
-                train.resume(tmp_path / "run")
+                training.resume(tmp_path / "run")
         assert resumed in capsys.readouterr().out
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
@@ -65,7 +68,7 @@ def test_what_a_checkpoint_holds_matters(tmp_path, monkeypatch, few):
         content = torch.load(io.BytesIO(list_checkpoints(tmp_path / "run")[-1].read_bytes()[64:]), weights_only=True)
         change(content)
         checkpoint.save_checkpoint(tmp_path / "copy", content)
-        train.resume(tmp_path / "copy")
+        training.resume(tmp_path / "copy")
         return outcome(tmp_path / "copy")
 
     def zero_moments(content):
@@ -85,10 +88,11 @@ def test_what_a_checkpoint_holds_matters(tmp_path, monkeypatch, few):
 
 def test_seconds_are_those_of_all_lives(tmp_path, monkeypatch, few):
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    for module in (training, loop):  # not the function itself, which others ask too
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     stopped_run(tmp_path, 5)  # began at 0, its checkpoint of step 3 at 10
     assert load_checkpoint(tmp_path)["seconds"] == 10
-    assert train.resume(tmp_path)["seconds"] == 10 + 30  # began, two more checkpoints, the end
+    assert training.resume(tmp_path)["seconds"] == 10 + 30  # began, two more checkpoints, the end
 
 
 # --------------------------------------------------------------------------------------------- checkpoint files
@@ -116,7 +120,7 @@ def test_a_spoiled_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, ca
     content[len(content) // 2] ^= 1
     newest.write_bytes({"cut": content[:len(content) // 2], "bit": content, "empty": b"", "text": b"x" * 999}[spoil])
     capsys.readouterr()
-    train.resume(tmp_path / "run")
+    training.resume(tmp_path / "run")
     printed = capsys.readouterr().out
     assert len([line for line in printed.splitlines() if "step-000006.pt is not whole" in line]) == 1
     assert "resumed after step 3" in printed
@@ -130,7 +134,7 @@ def test_a_spoiled_checkpoint_never_pushes_out_a_whole_one(tmp_path, capsys, few
     list_checkpoints(tmp_path)[-1].write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 3, kill)
-        train.main(resume_config(tmp_path, checkpoint_every=5), resuming=True)
+        training.run(resume_config(tmp_path, checkpoint_every=5), resuming=True)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003.pt", "step-000005.pt"]
 
 
@@ -139,7 +143,7 @@ def test_without_a_whole_checkpoint_the_run_starts_again(tmp_path, capsys, few):
     stopped_run(tmp_path / "run", 7)
     for path in list_checkpoints(tmp_path / "run"):
         path.write_bytes(path.read_bytes()[:-1])
-    train.resume(tmp_path / "run")
+    training.resume(tmp_path / "run")
     assert capsys.readouterr().out.count("is not whole") == 2
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
@@ -161,7 +165,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path, few):
     digest = hashlib.sha256(content.getvalue()).hexdigest().encode()
     list_checkpoints(tmp_path)[-1].write_bytes(digest + content.getvalue())
     with pytest.raises(ValueError, match="step-000003.pt is no checkpoint of a run"):
-        train.resume(tmp_path)
+        training.resume(tmp_path)
     assert not (tmp_path / "made").exists()
     torch.load(io.BytesIO(content.getvalue()), weights_only=False)
     assert (tmp_path / "made").exists()  # so it would have
@@ -180,14 +184,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, few, spoil):
         list_checkpoints(tmp_path / "run")[-1].write_bytes(
             hashlib.sha256(content.getvalue()).hexdigest().encode() + content.getvalue())
     with pytest.raises(ValueError, match="other layers or shapes|is no checkpoint of a run"):
-        train.resume(tmp_path / "run")
+        training.resume(tmp_path / "run")
 
 
 def test_a_log_that_lost_lines_is_noticed(tmp_path, few):
     stopped_run(tmp_path, 5)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="metrics.jsonl has lost lines"):
-        train.resume(tmp_path)
+        training.resume(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
@@ -197,8 +201,8 @@ def test_an_old_run_leaves_nothing_to_a_new_one(tmp_path, few):
         at_step(patch, 1, kill)
         run(tmp_path, seed=1, overwrite=True, **SETTINGS)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"config.json", "metrics.jsonl", ".lock"}
-    results = train.resume(tmp_path)
+    assert left - {".lock"} == {"config.json", "metrics.jsonl"}
+    results = training.resume(tmp_path)
     run(tmp_path / "fresh", seed=1, **SETTINGS)
     assert outcome(tmp_path) == outcome(tmp_path / "fresh") and results["seed"] == 1
 
@@ -217,12 +221,12 @@ def test_changed_settings_are_refused_by_name(tmp_path, few, capsys):
     for name, value in CHANGED.items():
         flags = [f"--{name.replace('_', '-')}"] if value is True else flags_of(**{name: value})
         with pytest.raises(ValueError, match=f"^{flags[0]} would make it another run"):
-            train.parse(["--resume", str(tmp_path), *flags])
+            training.parse(["--resume", str(tmp_path), *flags])
     same = flags_of(rank=2, tasks=TINY["tasks"], steps=7, dropout=0.2, method="align", out=tmp_path)
-    config, resuming = train.parse(["--resume", str(tmp_path), *same, "--device", "cpu", "--checkpoint-every", "2",
+    config, resuming = training.parse(["--resume", str(tmp_path), *same, "--device", "cpu", "--checkpoint-every", "2",
                                     "--skip-bad-steps", "4"])
     assert resuming and (config.checkpoint_every, config.skip_bad_steps, config.out) == (2, 4, str(tmp_path))
-    train.main(config, resuming)
+    training.run(config, resuming)
     kept = json.loads((tmp_path / "config.json").read_text())
     assert (kept["checkpoint_every"], kept["skip_bad_steps"], kept["steps"]) == (2, 4, 7)  # as the run ended
 
@@ -231,7 +235,7 @@ def test_a_finished_run_is_left_alone(tmp_path, few, capsys):
     results = run(tmp_path, **SETTINGS)
     before = outcome(tmp_path), (tmp_path / "metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
-    assert train.resume(tmp_path) == results
+    assert training.resume(tmp_path) == results
     assert capsys.readouterr().out == f"the run in {tmp_path} is finished: nothing is left to do\n"
     assert (outcome(tmp_path), (tmp_path / "metrics.jsonl").stat().st_mtime_ns) == before
 
@@ -244,14 +248,14 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(tmp_path, monkeypatch,
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
-        run_command(lambda: train.command(flags_of(**TINY | SETTINGS, out=folder)))
+        run_command(lambda: training.command(flags_of(**TINY | SETTINGS, out=folder)))
     assert stopped.value.code == status
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert load_checkpoint(folder)["step"] == 4
     said = capsys.readouterr().err.splitlines()[-1]
     name = signal.Signals(number).name
     assert said == f"stopped by {name}; to go on: python -m tinylora_mtl.train --resume '{folder}'"
-    train.command(shlex.split(said.split("tinylora_mtl.train ")[1]))
+    training.command(shlex.split(said.split("tinylora_mtl.train ")[1]))
     assert outcome(folder) == outcome(tmp_path / "whole")
 
 
@@ -261,13 +265,13 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, few):
         os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         at_step(patch, 4, twice)
-        run_command(lambda: train.command(flags_of(**TINY | SETTINGS, out=tmp_path)))
+        run_command(lambda: training.command(flags_of(**TINY | SETTINGS, out=tmp_path)))
     assert stopped.value.code == 130 and load_checkpoint(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_signal_while_scoring_stops_at_once(tmp_path, monkeypatch, capsys, few, call):
-    calls, original = itertools.count(1), train.accuracies
+    calls, original = itertools.count(1), training.accuracies
 
     def score(*args):
         if next(calls) == call:
@@ -275,11 +279,11 @@ def test_a_signal_while_scoring_stops_at_once(tmp_path, monkeypatch, capsys, few
             time.sleep(5)  # never slept through
         return original(*args)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train, "accuracies", score)
-        run_command(lambda: train.command(flags_of(**TINY | SETTINGS, out=tmp_path)))
+        patch.setattr(training, "accuracies", score)
+        run_command(lambda: training.command(flags_of(**TINY | SETTINGS, out=tmp_path)))
     assert stopped.value.code == 143 and f"--resume {tmp_path}" in capsys.readouterr().err
     assert len(list_checkpoints(tmp_path)) == (0 if call == 1 else 2)
-    train.resume(tmp_path)
+    training.resume(tmp_path)
     assert steps_logged(tmp_path) == [1, 2, 4, 6, 7]
 
 
@@ -316,7 +320,7 @@ def test_another_process_in_the_run_folder_is_refused_and_a_killed_one_is_not(tm
         capsys.readouterr()
         for flags in (["--resume", str(tmp_path)], flags_of(**TINY, out=tmp_path) + ["--overwrite"]):
             with pytest.raises(SystemExit) as refused:
-                run_command(lambda: train.command(flags))
+                run_command(lambda: training.command(flags))
             assert refused.value.code == 2
             assert capsys.readouterr().err == (f"error: another process is using {tmp_path}; wait until it has ended, "
                                                "or stop it\n")
@@ -324,7 +328,7 @@ def test_another_process_in_the_run_folder_is_refused_and_a_killed_one_is_not(tm
     finally:
         holder.kill()
         holder.wait()
-    train.resume(tmp_path)
+    training.resume(tmp_path)
     with locked(tmp_path):  # and a run that has ended holds nothing
         pass
 
@@ -332,11 +336,11 @@ def test_another_process_in_the_run_folder_is_refused_and_a_killed_one_is_not(tm
 def test_a_run_holds_its_folder_to_the_end_and_no_longer(tmp_path, monkeypatch, few):
     held = []
 
-    def probe(*args, original=train.write_json):
+    def probe(*args, original=training.write_json):
         ask = HOLD.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB").replace("time.sleep(60)", "0")
         held.append(subprocess.run([sys.executable, "-c", ask, tmp_path / ".lock"], capture_output=True).returncode)
         return original(*args)
-    monkeypatch.setattr(train, "write_json", probe)
+    monkeypatch.setattr(training, "write_json", probe)
     run(tmp_path)
     assert held == [1]
     with locked(tmp_path):
@@ -347,7 +351,7 @@ def test_a_disk_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
     import fcntl
 
     def no_locks(*args):
-        raise OSError(37, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with locked(tmp_path), locked(tmp_path):
         pass

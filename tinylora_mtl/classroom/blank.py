@@ -8,9 +8,8 @@ docstring begins with [ex1], [ex2], …: that docstring is its whole specificati
 import ast
 import re
 import shutil
+import sys
 from pathlib import Path
-
-from ..run.cli import Parser, run_command
 
 PACKAGE = Path(__file__).parents[1]
 BESIDE = ("README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
@@ -55,7 +54,7 @@ def make_handout(folder):
     found = []
     for file in sorted((folder / PACKAGE.name).rglob("*.py")):
         source = file.read_text(encoding="utf-8")
-        found += [(tag, file.name, name) for tag, name, _, _ in exercises(source)]
+        found += [(tag, file.relative_to(folder / PACKAGE.name).as_posix(), name) for tag, name, *_ in exercises(source)]
         file.write_text(blanked(source), encoding="utf-8", newline="\n")
     (folder / "tests" / "classroom").mkdir(parents=True)
     for name in BESIDE:
@@ -64,14 +63,15 @@ def make_handout(folder):
 
 
 def main(argv=None):
-    """Make a handout and say what is in it."""
-    parser = Parser("classroom.blank", __doc__)
-    parser.add_argument("folder", metavar="DIR", help="a new folder for the handout")
-    folder = parser.parse_args(argv).folder
-    for tag, file, name in make_handout(folder):
+    """Make a handout and say what is in it; a mistake is one line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.exit(__doc__ if arguments in (["-h"], ["--help"]) else "usage: python -m tinylora_mtl.classroom.blank DIR")
+    for tag, file, name in make_handout(arguments[0]):
         print(f"{tag}  {file:14} {name}")
-    print(f"the handout is in {folder}; there: pip install -e '.[test]', then pytest -m ex1")
+    print(f"the handout is in {arguments[0]}; there: pip install -e '.[test]', then pytest -m ex1")
 
 
 if __name__ == "__main__":
+    from ..run.cli import run_command
     run_command(main)

@@ -2,8 +2,8 @@
 
     from tinylora_mtl.data import load_tasks
 
-Read `tasks.py` first: what a task is, and how names and paths become tasks. `embedded.py` generates the tasks of the
-embedded model, `hub.py` has the papers' sets and templates, and `pretrain.py`, which few need, made the embedded model.
+Read `tasks.py` first: what a task is, and how names and paths become tasks. The rest can be skipped: `embedded.py`
+generates the embedded tasks, `hub.py` has the papers' sets, `pretrain.py` is how the embedded model was made.
 """
 
 from .tasks import load_tasks

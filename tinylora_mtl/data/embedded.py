@@ -1,4 +1,4 @@
-"""The embedded tasks: eight after BIG-Bench Hard, and five languages. Everything is generated from a seed.
+"""The embedded tasks: eight after BIG-Bench Hard (arXiv 2210.09261), and five languages, all generated from a seed.
 
 A task is two functions. The first draws an abstract *problem*; the second puts it into words, as a prompt and its
 answer. They are apart because the embedded model has met the same problems during pre-training in other, symbolic
@@ -10,26 +10,21 @@ notations (`pretrain.py`): the skill is in the model, the wording is what an ada
     (['hat', 'ink', 'bag'], 'bag hat ink')
     >>> in_words("word_sorting", problem)
     ('Sort the following words alphabetically: hat ink bag. Answer:', 'bag hat ink')
-
-Source of the task ideas: BIG-Bench Hard, arXiv 2210.09261. The wordings and generators are this project's own.
 """
 
 NAMES = "Ann Ben Cal Dan Eve Fay Gus Ian Joe Kim Lea Max".split()
-HOLDERS = "Alice Bob Claire".split()
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
            "seventeen eighteen nineteen twenty").split()
 CATEGORIES = {
     "animals": "cats dogs pigs cows goats ducks geese mice".split(),
     "fruits": "pears plums figs limes grapes melons kiwis dates".split(),
-    "tools": "saws drills files axes spades rakes clamps nails".split(),
-}
+    "tools": "saws drills files axes spades rakes clamps nails".split()}
 WORDS = ("ant axe bag bell bird boat book bowl cake card coat coin cup desk door drum egg fan fish flag fork gate "
          "glove gown hat hen ink jar key kite lamp leaf map mug nest oar pan pear pen ring rope sock tent vase").split()
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 MOVES = {"forward": (0, 1), "backward": (0, -1), "right": (1, 0), "left": (-1, 0)}  # you always face forward
 
 
-# ----------------------------------------------------------------------------------------------------- the problems
 def boolean_expressions(rng, size):
     """An expression of `size` truth values: (['not', '(', 'True', 'and', 'False', ')'], True)."""
     if size == 1:
@@ -116,7 +111,7 @@ def web_of_lies(rng, size):
 def tracking_shuffled_objects(rng, size):
     """Alice, Bob and Claire hold a thing each and swap `size` times. What does one of them hold in the end?
     ([('Alice', 'cup'), ('Bob', 'hat'), ('Claire', 'map')], [('Alice', 'Bob')], 'Alice', 'hat')."""
-    start = list(zip(HOLDERS, rng.sample(WORDS, 3)))
+    start = list(zip(("Alice", "Bob", "Claire"), rng.sample(WORDS, 3)))
     swaps = [tuple(rng.sample([name for name, _ in start], 2)) for _ in range(size)]
     asked = rng.choice(start)[0]
     return start, swaps, asked, holdings(start, swaps)[asked]
@@ -130,69 +125,56 @@ def holdings(start, swaps):
     return held
 
 
-# -------------------------------------------------------------------------------------------------- put into words
-SKILLS = {  # name: (problem, the sizes drawn for the worded task)
-    "boolean_expressions": (boolean_expressions, (2, 3, 4)),
-    "word_sorting": (word_sorting, (3, 4, 5)),
-    "dyck_languages": (dyck_languages, (4, 5, 6, 7, 8)),
-    "object_counting": (object_counting, (2, 3)),
-    "navigate": (navigate, (2, 3)),
-    "web_of_lies": (web_of_lies, (3, 4)),
-    "tracking_shuffled_objects": (tracking_shuffled_objects, (1, 2)),
-    "multistep_arithmetic": (multistep_arithmetic, (2, 3)),
-}
+SKILLS = {problem.__name__: problem for problem in (
+    boolean_expressions, word_sorting, dyck_languages, object_counting, navigate, web_of_lies,
+    tracking_shuffled_objects, multistep_arithmetic)}
+WORDED_SIZES = {
+    "boolean_expressions": (2, 3, 4), "word_sorting": (3, 4, 5), "dyck_languages": (4, 5, 6, 7, 8),
+    "object_counting": (2, 3), "navigate": (2, 3), "web_of_lies": (3, 4), "tracking_shuffled_objects": (1, 2),
+    "multistep_arithmetic": (2, 3)}
 
 
 def in_words(name, problem):
     """The problem of task `name` as (prompt, answer). Every prompt ends in a cue, so that where it ends is known."""
-    if name == "boolean_expressions":
-        tokens, value = problem
-        prompt, answer = f"Evaluate the truth of this statement: {' '.join(tokens)}.", str(value)
-    elif name == "word_sorting":
-        words, answer = problem
-        prompt = f"Sort the following words alphabetically: {' '.join(words)}."
-    elif name == "dyck_languages":
-        sequence, answer = problem
-        prompt = f"Complete the rest so that all brackets close properly: {' '.join(sequence)}"
-    elif name == "object_counting":
-        groups, category, total = problem
-        listed = ", ".join(f"{NUMBERS[number]} {thing}" for number, thing in groups)
-        prompt, answer = f"I have {listed}. How many {category} do I have?", str(total)
-    elif name == "navigate":
-        moves, home = problem
-        walk = " ".join(f"Take {NUMBERS[steps]} step{'s' * (steps > 1)} {direction}." for direction, steps in moves)
-        prompt, answer = f"{walk} Do you return to the starting point?", "Yes" if home else "No"
-    elif name == "web_of_lies":
-        people, honest = problem
-        words = ["tells the truth" if says_honest else "lies" for _, says_honest in people]
-        said = "".join(f" {people[i][0]} says {people[i - 1][0]} {words[i]}." for i in range(1, len(people)))
-        prompt = f"{people[0][0]} {words[0]}.{said} Does {people[-1][0]} tell the truth?"
-        answer = "Yes" if honest else "No"
-    elif name == "tracking_shuffled_objects":
-        start, swaps, asked, answer = problem
-        first = ", ".join(f"{name} has the {thing}" for name, thing in start)
-        then = " ".join(f"{a} and {b} trade." for a, b in swaps)
-        prompt = f"At first {first}. {then} At the end, what does {asked} have?"
-    else:
-        tokens, value = problem
-        words = {"+": "plus", "-": "minus", "*": "times"}
-        spoken = " ".join(NUMBERS[int(token)] if token.isdigit() else words.get(token, token) for token in tokens)
-        prompt, answer = f"Compute the result of {spoken}.", str(value)
+    match name, problem:
+        case "boolean_expressions", (tokens, value):
+            prompt, answer = f"Evaluate the truth of this statement: {' '.join(tokens)}.", str(value)
+        case "word_sorting", (words, answer):
+            prompt = f"Sort the following words alphabetically: {' '.join(words)}."
+        case "dyck_languages", (sequence, answer):
+            prompt = f"Complete the rest so that all brackets close properly: {' '.join(sequence)}"
+        case "object_counting", (groups, category, total):
+            listed = ", ".join(f"{NUMBERS[number]} {thing}" for number, thing in groups)
+            prompt, answer = f"I have {listed}. How many {category} do I have?", str(total)
+        case "navigate", (moves, home):
+            walk = " ".join(f"Take {NUMBERS[steps]} step{'s' * (steps > 1)} {way}." for way, steps in moves)
+            prompt, answer = f"{walk} Do you return to the starting point?", "Yes" if home else "No"
+        case "web_of_lies", (people, honest):
+            words = ["tells the truth" if says_honest else "lies" for _, says_honest in people]
+            said = "".join(f" {people[i][0]} says {people[i - 1][0]} {words[i]}." for i in range(1, len(people)))
+            prompt = f"{people[0][0]} {words[0]}.{said} Does {people[-1][0]} tell the truth?"
+            answer = "Yes" if honest else "No"
+        case "tracking_shuffled_objects", (start, swaps, asked, answer):
+            first = ", ".join(f"{name} has the {thing}" for name, thing in start)
+            then = " ".join(f"{a} and {b} trade." for a, b in swaps)
+            prompt = f"At first {first}. {then} At the end, what does {asked} have?"
+        case "multistep_arithmetic", (tokens, value):
+            signs = {"+": "plus", "-": "minus", "*": "times"}
+            spoken = " ".join(NUMBERS[int(token)] if token.isdigit() else signs.get(token, token) for token in tokens)
+            prompt, answer = f"Compute the result of {spoken}.", str(value)
     return f"{prompt} Answer:", answer
 
 
-# ------------------------------------------------------------------------------------------------- five languages
 LANGUAGES = {
     "english": NUMBERS,
-    "german": ("null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
-               "siebzehn achtzehn neunzehn zwanzig").split(),
+    "german": ("null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn "
+               "sechzehn siebzehn achtzehn neunzehn zwanzig").split(),
     "french": ("zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
                "dix-huit dix-neuf vingt").split(),
     "spanish": ("cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
                 "diecisiete dieciocho diecinueve veinte").split(),
     "italian": ("zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici "
-                "sedici diciassette diciotto diciannove venti").split(),
-}
+                "sedici diciassette diciotto diciannove venti").split()}
 PHRASES = {  # sum, difference, successor, larger of two
     "english": ("How much is {} plus {}? Answer:", "How much is {} minus {}? Answer:",
                 "Which number follows {}? Answer:", "Which is larger, {} or {}? Answer:"),
@@ -203,8 +185,7 @@ PHRASES = {  # sum, difference, successor, larger of two
     "spanish": ("¿Cuánto es {} más {}? Respuesta:", "¿Cuánto es {} menos {}? Respuesta:",
                 "¿Qué número sigue a {}? Respuesta:", "¿Cuál es mayor, {} o {}? Respuesta:"),
     "italian": ("Quanto fa {} più {}? Risposta:", "Quanto fa {} meno {}? Risposta:",
-                "Quale numero segue {}? Risposta:", "Qual è maggiore, {} o {}? Risposta:"),
-}
+                "Quale numero segue {}? Risposta:", "Qual è maggiore, {} o {}? Risposta:")}
 
 
 def number_problem(rng):
@@ -214,25 +195,18 @@ def number_problem(rng):
         number = rng.randint(0, 19)
         return kind, (number,), number + 1
     a, b = rng.sample(range(21), 2)
+    low, high = sorted((a, b))
     if kind == "sum":
-        a, b = min(a, b), rng.randint(0, 20 - min(a, b))
-        return kind, (a, b), a + b
-    if kind == "difference":
-        return kind, (max(a, b), min(a, b)), abs(a - b)
-    return kind, (a, b), max(a, b)
-
-
-def in_language(language, problem):
-    """The number problem in a language: ('Wie viel ist drei plus vier? Antwort:', 'sieben')."""
-    kind, operands, answer = problem
-    phrase = PHRASES[language][["sum", "difference", "successor", "larger"].index(kind)]
-    words = LANGUAGES[language]
-    return phrase.format(*(words[number] for number in operands)), words[answer]
+        second = rng.randint(0, 20 - low)
+        return kind, (low, second), low + second
+    return (kind, (high, low), high - low) if kind == "difference" else (kind, (a, b), high)
 
 
 def worded_sample(name, rng):
     """One (prompt, answer) of an embedded task, by name: one of SKILLS or of LANGUAGES."""
-    if name in LANGUAGES:
-        return in_language(name, number_problem(rng))
-    problem, sizes = SKILLS[name]
-    return in_words(name, problem(rng, rng.choice(sizes)))
+    if name in SKILLS:
+        return in_words(name, SKILLS[name](rng, rng.choice(WORDED_SIZES[name])))
+    kind, operands, answer = number_problem(rng)
+    phrase = PHRASES[name][["sum", "difference", "successor", "larger"].index(kind)]
+    words = LANGUAGES[name]
+    return phrase.format(*(words[number] for number in operands)), words[answer]

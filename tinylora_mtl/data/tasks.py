@@ -2,29 +2,28 @@
 
     tasks = load_tasks(["mini"])              # the eight embedded tasks; "mini-multilingual" is the five languages
     tasks = load_tasks(["word_sorting", "navigate"], samples=50, seed=1)
-    tasks = load_tasks(["sst2", "gsm8k"])     # from the Hugging Face Hub: hub_tasks.py has the list
+    tasks = load_tasks(["sst2", "gsm8k"])     # from the Hugging Face Hub: hub.py has the list
     tasks = load_tasks(["my_task.jsonl", "data/reviews"])   # your own: see `local_task`
 
-A task's splits are the same for every seed, and no training prompt is in its validation or test split. A seed chooses
-only which training samples are kept when `samples` asks for fewer.
+A task's splits are the same for every seed, and no training prompt is in its validation or test split.
 """
 
 import json
 import os
 import random
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from .hub import HUB_TASKS, hub_samples
 from .embedded import LANGUAGES, SKILLS, worded_sample
+from .hub import HUB_TASKS, hub_samples
 
 EMBEDDED = [*SKILLS, *LANGUAGES]
-SIZES = {"train": 500, "validation": 100, "test": 100}  # of every embedded task
+SPLIT_SIZES = {"train": 500, "validation": 100, "test": 100}  # of every embedded task
 TASK_SETS = {"mini": list(SKILLS), "mini-multilingual": list(LANGUAGES),
              "bbh": [name for name in HUB_TASKS if name.startswith("bbh_")]}
 HELD_OUT = {"validation": 200, "test": 500}  # taken from the training samples where it is missing: 10 %, at most this
 MAX_LABELS = 20
-SCORES = ["generate", "choose"]  # see evaluate.py; the second needs a closed set of labels
 
 
 @dataclass(frozen=True)
@@ -48,65 +47,78 @@ def load_tasks(names, samples=None, seed=0):
     wanted = [name for given in names for name in TASK_SETS.get(given, [given])]
     if not wanted:
         raise ValueError("no task is given")
-    own_names = [task_name(name) for name in wanted]
-    for name in own_names:
-        if own_names.count(name) > 1:
-            raise ValueError(f"task {name!r} is asked for more than once")
-    return [keep_samples(load_task(name), samples, seed) for name in wanted]
-
-
-def task_name(name):
-    """The name a task goes by: its own, or that of its folder or file. ValueError if there is no such task."""
-    if name in EMBEDDED or name in HUB_TASKS:
-        return name
-    if is_path(name):
-        return Path(os.path.abspath(name)).name.removesuffix(".jsonl")
-    from_hub = [name for name in HUB_TASKS if name not in TASK_SETS["bbh"]]
-    known = ["mini", "mini-multilingual", *EMBEDDED, *from_hub, "bbh"]
-    raise ValueError(f"unknown task {name!r}; there are: {', '.join(known)}; or the path of a JSON Lines file, or of a "
-                     "folder with train.jsonl and test.jsonl")
+    own_names = [own_name(name) for name in wanted]
+    for name, its_own in zip(wanted, own_names):
+        if name not in [*EMBEDDED, *HUB_TASKS] and not is_path(name):
+            known = ["mini", "mini-multilingual", *EMBEDDED, *HUB_TASKS, "bbh"]
+            listed = ", ".join(name for name in known if not name.startswith("bbh_"))
+            raise ValueError(f"unknown task {name!r}; there are: {listed}; or the path of a JSON Lines file, or of a "
+                             "folder with train.jsonl and test.jsonl")
+        if own_names.count(its_own) > 1:
+            raise ValueError(f"task {its_own!r} is asked for more than once")
+    return [load_task(name, samples, seed) for name in wanted]
 
 
 def is_path(name):
     """Whether a task is meant by its path, not by its name."""
-    return name not in TASK_SETS and name not in EMBEDDED and name not in HUB_TASKS and Path(name).exists()
+    return name not in [*TASK_SETS, *EMBEDDED, *HUB_TASKS] and Path(name).exists()
 
 
-def load_task(name):
-    """One task by its name or path."""
+def own_name(name):
+    """The name that a task goes by: that of its folder or file, if it is given by its path."""
+    return Path(os.path.abspath(name)).name.removesuffix(".jsonl") if is_path(name) else name
+
+
+def load_task(name, samples, seed):
+    """One task by its name or path, with all or `samples` of its training samples."""
     if name in EMBEDDED:
-        return make_task(name, embedded_samples(name))
-    if name not in HUB_TASKS:
-        return local_task(Path(name))
-    samples = hub_samples(name)
-    return make_task(name, samples, hold_out=[] if "validation" in samples else ["validation"])
+        task = make_task(name, embedded_samples(name))
+    elif name in HUB_TASKS:
+        task = make_task(name, hub_samples(name))
+    else:
+        task = local_task(Path(name))
+    if samples is None:
+        return task
+    if not 1 <= samples <= len(task.train):
+        raise ValueError(f"{samples} training samples are asked for, but task {task.name!r} has {len(task.train)}")
+    return replace(task, train=random.Random(f"{seed} {task.name}").sample(task.train, samples))
+
+
+def embedded_samples(name):
+    """{split: samples} of the embedded task of that name, always the same; no prompt comes twice."""
+    rng, samples = random.Random(name), {}
+    while len(samples) < sum(SPLIT_SIZES.values()):
+        prompt, target = worded_sample(name, rng)
+        samples.setdefault(prompt, target)
+    pairs = iter(samples.items())
+    return {split: list(islice(pairs, SPLIT_SIZES[split])) for split in ("test", "validation", "train")}
 
 
 def local_task(path):
     """A task of your own, from rows {"prompt": ..., "target": ...} in JSON Lines: a file, or a folder of them.
 
-    A folder has train.jsonl or test.jsonl or both, and may have validation.jsonl; without that, a tenth of the training
-    samples (200 at most) becomes the validation split. Of a single file, another tenth (500 at most) becomes the test
-    split. Samples with the same prompt stay together.
+    A folder has train.jsonl or test.jsonl or both. Without validation.jsonl a tenth of the training samples, 200 at
+    most, becomes the validation split; of a single file another tenth, 500 at most, the test split, all by prompt.
     """
     if path.is_file():
-        return make_task(task_name(path), {"train": read_jsonl(path)}, hold_out=["test", "validation"])
-    samples = {split: read_jsonl(path / f"{split}.jsonl") for split in SIZES if (path / f"{split}.jsonl").is_file()}
+        return make_task(own_name(path), {"train": read_jsonl(path)}, hold_out=["test", "validation"])
+    files = {split: path / f"{split}.jsonl" for split in SPLIT_SIZES}
+    samples = {split: read_jsonl(file) for split, file in files.items() if file.is_file()}
     if not {"train", "test"} & set(samples):
         raise ValueError(f"{path} is not a task: the folder has neither train.jsonl nor test.jsonl")
-    return make_task(task_name(path), samples, hold_out=[] if "validation" in samples else ["validation"])
+    return make_task(own_name(path), samples)
 
 
-def make_task(name, samples, hold_out=()):
-    """A Task from {split: samples}; the splits in `hold_out` are taken from the training samples, by prompt.
+def make_task(name, samples, hold_out=("validation",)):
+    """A Task from {split: samples}; a split in `hold_out` that is missing is taken from the training samples.
 
     A prompt that is in the test split too is dropped from the others, one in the validation split from training.
     """
-    splits = {split: list(samples.get(split, [])) for split in SIZES}
+    splits = {split: samples.get(split, []) for split in SPLIT_SIZES}
     for ahead, behind in (("test", "validation"), ("test", "train"), ("validation", "train")):
         taken = {prompt for prompt, _ in splits[ahead]}
         splits[behind] = [sample for sample in splits[behind] if sample[0] not in taken]
-    for split in hold_out:
+    for split in [split for split in hold_out if split not in samples]:
         prompts = sorted({prompt for prompt, _ in splits["train"]})
         held = set(random.Random(f"{name} {split}").sample(prompts, min(HELD_OUT[split], (len(prompts) + 9) // 10)))
         splits[split] = [sample for sample in splits["train"] if sample[0] in held]
@@ -123,10 +135,9 @@ def read_jsonl(path):
     with open(path, "rb") as file:  # lines end in \n only: a text may hold other characters that some call line breaks
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    samples.append(read_row(json.loads(text)))
-            except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or not a sample
+                if line.strip():
+                    samples.append(read_row(json.loads(line)))
+            except ValueError as error:  # not UTF-8, not JSON, or not a sample
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not samples:
         raise ValueError(f"{path} holds no sample; a line is {{\"prompt\": \"...\", \"target\": \"...\"}}")
@@ -142,42 +153,20 @@ def read_row(row):
             raise ValueError(f"the row has no {key!r}; it has: {', '.join(row) or 'nothing'}")
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{key!r} must be a text that is not empty, got {json.dumps(row[key])[:60]}")
-        row[key].encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
     if "\n" in row["target"].strip():
         raise ValueError("'target' has a line break, and an answer ends with its line")
     return row["prompt"], row["target"].strip()
 
 
-def embedded_samples(name):
-    """{split: samples} of the embedded task of that name, always the same; no prompt comes twice."""
-    rng, seen, samples = random.Random(name), set(), []
-    while len(samples) < sum(SIZES.values()):
-        sample = worded_sample(name, rng)
-        if sample[0] not in seen:
-            seen.add(sample[0])
-            samples.append(sample)
-    test, rest = samples[:SIZES["test"]], samples[SIZES["test"]:]
-    return {"train": rest[SIZES["validation"]:], "validation": rest[:SIZES["validation"]], "test": test}
-
-
-def keep_samples(task, samples, seed):
-    """The task with only `samples` of its training samples, drawn with `seed`."""
-    if samples is None:
-        return task
-    if not 1 <= samples <= len(task.train):
-        raise ValueError(f"{samples} training samples are asked for, but task {task.name!r} has {len(task.train)}")
-    return replace(task, train=random.Random(f"{seed} {task.name}").sample(task.train, samples))
-
-
 def require_samples(tasks, *splits):
     """ValueError for a task without a single sample in one of these splits."""
     for task in tasks:
+        there = [f"{len(getattr(task, split))} {split}" for split in SPLIT_SIZES if getattr(task, split)]
         for split in splits:
             if not getattr(task, split):
-                there = [f"{len(getattr(task, name))} {name}" for name in SIZES if getattr(task, name)]
                 hint = "; --split validation measures on those" if split == "test" and task.validation else ""
-                raise ValueError(f"task {task.name!r} has no {split} samples; it has: "
-                                 f"{', '.join(there) or 'none'}{hint}")
+                raise ValueError(f"task {task.name!r} has no {split} samples; "
+                                 f"it has: {', '.join(there) or 'none'}{hint}")
 
 
 def check_labels(tasks, score):
@@ -188,10 +177,9 @@ def check_labels(tasks, score):
 
 
 def with_shots(task, split, shots):
-    """The task with the same `shots` solved samples before every prompt of a split.
+    """The task with the same `shots` solved samples before every prompt of a split; ValueError if it has too few.
 
     They are training samples; where there are none (Big-Bench Hard), they are taken from the split, and not scored.
-    Raises ValueError if there are too few samples for that.
     """
     pool = dict(task.train or getattr(task, split))  # prompt -> target: no prompt is shown twice
     if len(pool) < shots + (not task.train):

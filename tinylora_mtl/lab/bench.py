@@ -1,87 +1,235 @@
 """How fast is it? python -m tinylora_mtl.lab.bench --model path/to/a/model --out runs/bench.json
 
 Every figure is a ratio: what something costs against the same work done in another way, or against a method that it
-adds to (`bench_rows.py` has the list). Times are taken by turns in one process, memory in fresh processes (`cost.py`);
-a ratio is the median of the paired ratios, with their quartiles. Let nothing else compute while it runs.
+adds to; ROWS is the list. Times are taken by turns in one process, memory in fresh processes (`cost.py`); a ratio is
+the median of the paired ratios, with their quartiles. Let nothing else compute while it runs.
 """
 
+import io
+import itertools
 import statistics
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 import transformers
 
-from .bench_rows import ROWS, Place
-from ..run.cli import Parser, run_command, whole
-from .cost import in_a_process, peak_of, take_turns
-from ..run.files import make_folder, write_json
-from ..run.models import DTYPES
+from ..adapters import find_adapters, merge_adapters, target_names
+from ..align import alignment
+from ..batching import encode_target
+from ..config import TrainConfig, resolve
 from ..data.tasks import load_tasks
+from ..evaluate import EXTRA_TOKENS, evaluation_mode, generate_answers
+from ..loss import NO_LABEL, label_logits, label_loss
+from ..meta import meta_gradients
+from ..multihead import MultiHeadLoRALinear
+from ..run import cli, files, models
+from ..train import TrainState, train
+from .cost import begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
+from .report import markdown_table
 
 SHAPES = ((576, 1536), (896, 4864))  # d_in, d_out of the widest layers of SmolLM2-135M and Qwen2.5-0.5B
-MEMORY_REPEATS = 5  # at most: each needs two processes
+LAYER_TOKENS, LOSS_TOKENS = 1024, 4096
+RUN_STEPS = 10  # of a whole training run
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
-def measure(index, place, repeats):
-    """The figures of ROWS[index] at a place, a list of dicts; where something is not installed, they name it."""
-    row, figures = ROWS[index], []
-    for quantity, target in row.targets.items():
-        figure = {"row": row.number, "what": f"{row.what}, {place.name}" if place.shape else row.what,
-                  "against": row.against, "quantity": quantity, "target": list(target), "on": place.name}
-        try:
-            if quantity == "memory":
-                peaks = [[in_a_process(peak_of, side, index, place, which, repeats=2) for which in (0, 1)]
-                         for _ in range(min(repeats, MEMORY_REPEATS))]
-                ours, theirs = map(list, zip(*peaks))
-            else:
-                ours, theirs = take_turns(row.make(place), repeats)
-            figures.append(figure | judge(ours, theirs, quantity, target))
-        except ImportError as error:
-            figures.append(figure | {"missing": error.name or str(error).strip().split("\n")[0]})
-    return figures
+def base_model(config):
+    """(the model without adapters, its tokenizer)."""
+    return models.load_model(config.model, config.device, config.dtype)[:2]
 
 
-def side(index, place, which):
-    """One side of ROWS[index]; by its number, for functions within functions cannot be sent to another process."""
-    return ROWS[index].make(place)[which]
+def peft_model(config, names, dropout):
+    """The base model with PEFT's LoRA in the layers of these names."""
+    from peft import LoraConfig, get_peft_model
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=dropout, target_modules=names,
+                      task_type="CAUSAL_LM")
+    return get_peft_model(base_model(config)[0], lora).train()
 
 
-def judge(ours, theirs, quantity, target):
-    """The median and the quartiles of the paired ratios, and whether the median reaches the target (at least, at most).
-
-    ours, theirs: seconds or bytes; "speed" is work in a time, so its ratio is that of the seconds the other way round.
-    """
-    ratios = [b / a if quantity == "speed" else a / b for a, b in zip(ours, theirs)]
-    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    least, most = target
-    return {"ratio": ratio, "quartiles": [low, high], "ours": ours, "theirs": theirs,
-            "reached": (least is None or ratio >= least) and (most is None or ratio <= most)}
+def step_and_peft(config, dropout):
+    config, model, batches = begin_run(replace(config, dropout=dropout))
+    theirs = peft_model(config, list(find_adapters(model)), dropout).base_model.model  # inside, as our loop takes it
+    drawn = some_batches(batches)
+    return stepper(model, config, drawn), stepper(theirs, config, drawn)
 
 
-# -------------------------------------------------------------------------------------------------------- reporting
-def table(results):
-    """The results as a table in Markdown."""
-    columns, lines = results["columns"], {}
-    for figure in results["figures"]:
-        name = (figure["row"], f"{figure['what']}: {figure['quantity']}", figure["against"], bounds(*figure["target"]))
-        column = figure["on"] if figure["on"] in columns else columns[-1]  # single layers stand with the real model
-        lines.setdefault(name, {})[column] = cell(figure)
-    head = ["", "", "against", "target", *columns]
-    rows = [[str(part) for part in name] + [cells.get(column, "") for column in columns]
-            for name, cells in lines.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["--"] * len(head), *rows])
+def step_and_floor(config, dropout):
+    """What no adapter that trains can do without: forward, and backward down to the embedded tokens."""
+    config, model, batches = begin_run(replace(config, dropout=dropout))
+    frozen = base_model(config)[0].requires_grad_(False).train()
+    frozen.enable_input_require_grads()
+    drawn = some_batches(batches)
+    turn = itertools.cycle(drawn)
+    return stepper(model, config, drawn), lambda: label_loss(frozen, next(turn)).backward()
 
 
-def bounds(least, most):
-    """A target in words."""
-    if least is None or most is None:
-        return f"at most {most:g}" if least is None else f"at least {least:g}"
-    return f"{least:g} to {most:g}"
+def two_methods(config, methods, **settings):
+    """A training step of each of two methods."""
+    return training_steps(*(replace(config, method=method, **settings) for method in methods))
 
 
-def cell(figure):
+def layer_and_loop(config, shape, heads):
+    """R-LoRA's layer, forward and backward, in our form and in the published one, on the same parameters."""
+    torch.manual_seed(0)
+    device = models.pick_device(config.device)
+    layer = MultiHeadLoRALinear(torch.nn.Linear(*shape, device=device), config.rank, config.alpha, heads,
+                                head_dropout=0.1, random_init=True, rank_stabilized=True)
+    x, upstream = torch.randn(LAYER_TOKENS, sum(shape), device=device).split(shape, dim=1)
+    inputs = [x.requires_grad_(), *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    return [partial(lambda form: torch.autograd.grad(form(x), inputs, upstream), form)
+            for form in (layer, partial(loop_over_heads, layer))]
+
+
+def loop_over_heads(layer, x):
+    """y = W x + b + Σ_i w_i · s B_i drop(A x), with an A x and an output [..., d_out] for each head."""
+    y, weights = layer.base(x), torch.softmax(layer.router(x), dim=-1)  # [..., N]
+    for i, head in enumerate(layer.heads):
+        y = y + weights[..., i:i + 1] * F.linear(layer.head_dropout(layer.lora_A(x)), head) * layer.scaling
+    return y
+
+
+def two_alignments(config, ours, theirs):
+    """The alignment loss and its gradient, for two numbers of tasks among the same tokens."""
+    layers = len(target_names(base_model(config)[0], resolve(config).targets))
+    z = torch.randn(LOSS_TOKENS, layers, config.rank, device=models.pick_device(config.device), requires_grad=True)
+    return [partial(lambda owner: torch.autograd.grad(alignment(z, owner, "kl"), z), torch.arange(LOSS_TOKENS) % tasks)
+            for tasks in (ours, theirs)]
+
+
+def round_and_steps(lora):
+    """A round of MeTA-LoRA, and a LoRA step on each of the batches that it computes gradients on."""
+    each = lora.batch_size // 4
+    config, model, rounds = begin_run(replace(lora, method="meta", tasks_per_round=2, inner_steps=2, support=each,
+                                              query=each))
+    episodes = next(rounds)  # the same in every round, for tasks differ in length
+    batches = [batch for support, query in episodes for batch in [support] * config.inner_steps + [query]]
+    lora, lora_model, _ = begin_run(lora)
+    step = stepper(lora_model, lora, batches)
+    return stepper(model, config, [episodes]), lambda: [step() for _ in batches]
+
+
+def two_rounds(config, ours, theirs):
+    """MeTA-LoRA's gradients with k = n = ours, and = theirs, all from one support and one query batch."""
+    each = config.batch_size // 4
+    config, model, rounds = begin_run(replace(config, method="meta", tasks_per_round=1, support=each, query=each))
+    episode, = next(rounds)
+    return [partial(meta_gradients, model, [episode] * size, config.inner_lr, size) for size in (ours, theirs)]
+
+
+def run_and_trainer(config):
+    """A whole run, and PEFT with transformers' Trainer, as its users write it, on the same samples."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    config, model, batches = begin_run(replace(config, steps=RUN_STEPS))
+    theirs = peft_model(config, list(find_adapters(model)), 0.0)
+    start = batches.state_dict()
+    rows = [{"input_ids": ids[real > 0].tolist(), "labels": labels[real > 0].tolist()}
+            for batch in itertools.islice(batches, RUN_STEPS)
+            for ids, real, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"])]
+    collator = DataCollatorForSeq2Seq(base_model(config)[1], label_pad_token_id=NO_LABEL)
+
+    class InOrder(Trainer):  # it shuffles otherwise
+        def _get_train_sampler(self, *_):
+            return None
+
+    def ours():
+        batches.load_state_dict(start)
+        return [metrics["loss"].item() for _, metrics in train(model, TrainState(model, batches, config), config)]
+
+    def trainer():
+        with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            InOrder(theirs, TrainingArguments(
+                folder, max_steps=RUN_STEPS, per_device_train_batch_size=len(rows) // RUN_STEPS,
+                learning_rate=config.lr, lr_scheduler_type="cosine", logging_steps=config.log_every,
+                save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=model.device.type == "cpu"),
+                train_dataset=rows, data_collator=collator).train()
+    return ours, trainer
+
+
+def evaluation_and_loop(config):
+    """Answers written in batches, and one sample at a time."""
+    (model, tokenizer), tasks = base_model(config), load_tasks(config.tasks)
+    samples = [sample for task in tasks for sample in (task.test or task.validation)[:config.batch_size // 4]]
+
+    def plain(prompt, target):  # as anyone would write it down
+        max_new_tokens = len(encode_target(tokenizer, target)) + EXTRA_TOKENS  # never more than in a batch
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        written = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, stop_strings=["\n"],
+                                 tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id)
+        text = tokenizer.decode(written[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        return text.split("\n")[0].strip()
+    return partial(generate_answers, model, tokenizer, samples), lambda: [plain(*sample) for sample in samples]
+
+
+def merged_and_base(config):
+    """A forward pass of the model with its adapters merged, and of the base model."""
+    config, model, batches = begin_run(config)
+    with torch.no_grad():
+        for adapter in find_adapters(model).values():
+            adapter.lora_B.weight.normal_(std=0.01)
+    merge_adapters(model)
+    batch = next(batches)
+
+    def logits(model):
+        with evaluation_mode(model):
+            return label_logits(model, batch)[0]
+    return partial(logits, model), partial(logits, base_model(config)[0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something measured against something else, on the same samples."""
+
+    number: int
+    what: str
+    against: str
+    sides: Callable  # (the TrainConfig of a LoRA run) -> the two sides, ours and theirs
+    targets: dict  # {"time", "memory" or "speed" (samples in a time): (at least, at most)}; None: no such bound
+    where: str = "models"  # the embedded model and the one of --model; only that "model"; single "layers" of real size
+
+
+ROWS = [
+    *[Row(1, f"LoRA step, dropout {dropout:g}", "PEFT's LoRA", partial(step_and_peft, dropout=dropout),
+          {"time": (None, 1.0)}) for dropout in (0.0, 0.05)],
+    *[Row(2, f"LoRA step, dropout {dropout:g}", "frozen model, to its inputs", partial(step_and_floor, dropout=dropout),
+          {"time": (None, bound)}, "model") for dropout, bound in ((0.0, 1.12), (0.05, 1.25))],
+    Row(3, "R-LoRA step, 5 heads", "LoRA", partial(two_methods, methods=("rlora", "lora")), {"time": (None, 1.25)}),
+    *[Row(4, f"R-LoRA layer, {heads} heads, {shape[0]} → {shape[1]}", "loop over heads, as published",
+          partial(layer_and_loop, shape=shape, heads=heads), {"time": (None, time), "memory": (None, memory)}, "layers")
+      for heads, time, memory in ((5, 0.75, 0.8), (16, 0.5, 0.5)) for shape in SHAPES],
+    *[Row(5, f"R-LoRA step, dropout {dropout:g}", "HydraLoRA",
+          partial(two_methods, methods=("rlora", "hydralora"), dropout=dropout),
+          {"time": (None, 1.0), "memory": (None, 1.0)}) for dropout in (0.1, 0.0)],
+    Row(6, "Align step (KL)", "LoRA", partial(two_methods, methods=("align", "lora")), {"time": (None, 1.05)}),
+    Row(7, "Align step (MMD)", "LoRA", partial(two_methods, methods=("align", "lora"), align="mmd"),
+        {"time": (None, 1.25)}),
+    Row(8, "alignment loss (KL), 512 tasks", "8 tasks", partial(two_alignments, ours=512, theirs=8),
+        {"time": (None, 2.0)}),
+    Row(9, "MeTA round", "(k + 1) n LoRA steps", round_and_steps, {"time": (None, 1.05)}),
+    Row(10, "MeTA round, k = n = 8", "k = n = 1", partial(two_rounds, ours=8, theirs=1), {"memory": (None, 1.05)}),
+    Row(11, "whole LoRA run", "PEFT and Trainer", run_and_trainer, {"time": (None, 0.75)}, "model"),
+    Row(12, "evaluation", "`generate`, one by one", evaluation_and_loop, {"speed": (5.0, None)}),
+    Row(13, "merged model, forward", "base model", merged_and_base, {"time": (0.97, 1.03)}),
+]
+
+
+def figure_of(row, quantity, config, repeats):
+    """A figure of a row, a dict; where something is not installed, it names it."""
+    target = row.targets[quantity]
+    figure = {"row": row.number, "what": row.what, "against": row.against, "quantity": quantity, "target": list(target)}
+    try:
+        measure = peaks if quantity == "memory" else take_turns
+        return figure | paired_ratio(*measure(row.sides, (config,), repeats), quantity, target)
+    except ImportError as error:
+        return figure | {"missing": error.name or str(error).strip().split("\n")[0]}
+
+
+def in_words(figure):
     """A figure in words: ratio, quartiles, and whether the target is reached."""
     if "missing" in figure:
         return f"not measured: needs {figure['missing']}"
@@ -89,52 +237,54 @@ def cell(figure):
     return f"{figure['ratio']:.2f} ({low:.2f}-{high:.2f}){'' if figure['reached'] else ', not reached'}"
 
 
-# --------------------------------------------------------------------------------------------------------- command
-def places_of(args):
-    """Where to measure. ValueError for tasks that do not fit into a batch."""
-    here = {"device": args.device, "dtype": args.dtype}
-    places = [Place("mini", **here)]
-    if args.model != "mini":
-        places.append(Place(Path(args.model).name, "model", args.model, tuple(args.tasks), batch_size=16, samples=4,
-                            **here))
-    for place in places:
-        if not 2 <= len(load_tasks(place.tasks)) <= place.batch_size:
-            raise ValueError(f"--tasks must be from 2 to {place.batch_size} tasks: a batch has samples of each")
-    return places + [Place(f"{d_in} → {d_out}", "layers", shape=(d_in, d_out), **here) for d_in, d_out in SHAPES]
+def figure_table(results):
+    """The results as a table in Markdown."""
+    lines = {}
+    for figure in results["figures"]:
+        least, most = figure["target"]
+        target = f"at most {most}" if least is None else f"at least {least}" if most is None else f"{least} to {most}"
+        name = figure["row"], f"{figure['what']}: {figure['quantity']}", figure["against"], target
+        lines.setdefault(name, {})[figure["on"]] = in_words(figure)
+    return markdown_table(["", "", "against", "target", *results["columns"]], [
+        [*name, *(cells.get(column, "") for column in results["columns"])] for name, cells in lines.items()])
 
 
 def main(argv=None):
     """Measure, print the table; returns the results."""
-    parser = Parser("lab.bench", __doc__)
+    parser = cli.Parser("lab.bench", __doc__)
     parser.add_argument("--model", default="mini", help="a folder or Hub name, measured beside mini; rows 2 "
                         "and 11 need one")
     parser.add_argument("--tasks", nargs="+", default=["mini"], help="the tasks of that model (default: mini's)")
-    numbers = {row.number: f"{row.number} {row.what.split(',')[0]}" for row in ROWS}
-    parser.add_argument("--rows", type=whole(1, max(numbers)), nargs="+", metavar="N", default=list(numbers),
-                        help=f"which to measure: {'; '.join(numbers.values())} (default: all)")
-    parser.add_argument("--repeats", type=whole(1), default=7, help="turns of each side (default: 7)")
+    parser.add_argument("--rows", type=cli.whole(1, 13), nargs="+", metavar="N", default=range(1, 14),
+                        help="which rows of the table to measure (default: all 13)")
+    parser.add_argument("--repeats", type=cli.whole(1), default=7, help="turns of each side (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen weights")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *models.DTYPES], help="of the frozen weights")
     parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
     args = parser.parse_args(argv)
 
-    places, figures = places_of(args), []
-    for index, row in enumerate(ROWS):
-        for place in places:
-            if row.number in args.rows and place.kind in row.where:
-                for figure in measure(index, place, args.repeats):
-                    print(f"{row.number} {figure['what']}, {figure['quantity']}, {place.name}: {cell(figure)}",
-                          file=sys.stderr, flush=True)
-                    figures.append(figure)
-    results = {"columns": ["mini", places[1].name if args.model != "mini" else "real size"], "repeats": args.repeats,
-               "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "transformers": transformers.__version__, "figures": figures}
+    configs = {"mini": TrainConfig(method="lora", device=args.device, dtype=args.dtype)}
+    if args.model != "mini":
+        configs[args.model] = replace(configs["mini"], model=args.model, tasks=args.tasks, batch_size=16)
+    for config in configs.values():
+        if not 2 <= len(load_tasks(config.tasks)) <= config.batch_size:
+            raise ValueError(f"--tasks must be from 2 to {config.batch_size} tasks: a batch has samples of each")
+    columns = ["mini", "real size" if args.model == "mini" else args.model]
+    places, figures = {"models": list(configs), "model": list(configs)[1:], "layers": columns[1:]}, []
+    for row in (row for row in ROWS if row.number in args.rows):
+        for on, quantity in itertools.product(places[row.where], row.targets):
+            figure = figure_of(row, quantity, configs.get(on, configs["mini"]), args.repeats)
+            print(f"{row.number} {row.what}, {quantity}, {on}: {in_words(figure)}", file=sys.stderr, flush=True)
+            figures.append(figure | {"on": on})
+    results = {"columns": columns, "repeats": args.repeats, "device": args.device, "dtype": args.dtype,
+               "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "transformers": transformers.__version__, "figures": figures}
     if args.out:
-        make_folder(args.out.parent)
-        write_json(args.out, results)
-    print(table(results))
+        files.make_folder(args.out.parent)
+        files.write_json(args.out, results)
+    print(figure_table(results))
     return results
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -1,4 +1,4 @@
-"""What the papers claim, as data: the methods, the comparisons and the rules.
+"""What the papers claim, as data: the variants that are compared, the comparisons and the rules.
 
 All that decides a claim was written before any run, but for two corrections; chapter 7 of the walkthrough tells of
 them, and of five comparisons that were added later.
@@ -24,6 +24,7 @@ for every seed, and the learning rates come from one search: others may move a d
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from statistics import mean, stdev
 
@@ -34,9 +35,9 @@ T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
          2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
 MOST_SEEDS = len(T_975) + 1
 
-# The methods as TrainConfig settings. `match` names the setting that is chosen so that as many parameters train as in
-# HydraLoRA at --rank and --heads; the others have that rank. Every method has its learning rate searched for itself.
-METHODS = {
+# What is compared, as TrainConfig settings. `match` names the setting that is chosen so that as many parameters train
+# as in HydraLoRA at --rank and --heads; the others have that rank. Each has its learning rate searched for itself.
+VARIANTS = {
     "lora": {"method": "lora"},
     "lora_matched": {"method": "lora", "match": "rank"},
     "hydralora": {"method": "hydralora"},
@@ -65,9 +66,9 @@ UNITS = {"accuracy": "points", "adapted": "points", "unseen": "points", "cosine"
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method, a run for each seed."""
+    """The runs of one variant, a run for each seed."""
 
-    method: str  # a key of METHODS; of COSTS where `where` is "cost"
+    method: str  # a key of VARIANTS; of COSTS where `where` is "cost"
     where: str = "tasks"  # trained on the tasks or on "languages"; "cost": not trained, only measured
     samples: int | None = None  # training samples of each task; None: all
 
@@ -92,6 +93,10 @@ class Comparison:
         right = "" if self.right == 0 else f" - {self.right}"
         return f"{self.quantity}: {self.left}{right}" + (f" ({self.right_quantity})" if self.right_quantity else "")
 
+    def both(self):
+        """[(left, its quantity), (right, its quantity)]."""
+        return [(self.left, self.quantity), (self.right, self.right_quantity or self.quantity)]
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -100,43 +105,35 @@ class Claim:
     comparisons: tuple
 
 
-def few_of(sizes):
+def few_of(sample_counts):
     """The number of samples that claim 7 calls few: of those that are not all, the largest up to 50."""
-    return max(size for size in sizes[:-1] if size <= 50)
+    return max(count for count in sample_counts[:-1] if count <= 50)
 
 
-def declare(sizes):
-    """The eight claims; sizes: the training samples per task of claim 7's curve, the last being all there are."""
+def declare(sample_counts):
+    """The eight claims; sample_counts: training samples per task of claim 7's curve, the last being all there are."""
     lora, matched, hydra, rlora, mlora = map(Group, ("lora", "lora_matched", "hydralora", "rlora", "mlora"))
     start, dropout, neither = map(Group, ("rlora_start", "rlora_dropout", "rlora_neither"))
     kl, mmd, shuffled = map(Group, ("align_kl", "align_mmd", "align_shuffled"))
-    few = few_of(sizes)
-    rivals = (matched, hydra, rlora, mlora)
-    claim_6 = [Comparison(align, rival, quantity)
-               for quantity in ("accuracy", "unseen") for align in (kl, mmd) for rival in rivals]
-    claim_6 += [Comparison(kl, shuffled, quantity, decides=False) for quantity in ("accuracy", "unseen")]
-    claim_6 += [Comparison(align, matched, "distance", claimed=-1, decides=False) for align in (kl, mmd, shuffled)]
-    claim_6 += [Comparison(group, 0.0, "moved", claimed=-1, decides=False) for group in (matched, kl, mmd, shuffled)]
-    curve = [Comparison(Group("meta", samples=size), Group("lora_matched", samples=size), decides=False)
-             for size in sizes[:-1]] + [Comparison(Group("meta", samples=sizes[-1]), matched, decides=False)]
+    *smaller, everything = sample_counts
+    few, rivals, beside = few_of(sample_counts), (matched, hydra, rlora, mlora), partial(Comparison, decides=False)
 
     def few_samples(where):  # MeTA-LoRA with few samples: against LoRA with all, and against the honest baseline
         meta, full = Group("meta", where, few), Group("lora_matched", where)
-        far = [Comparison(Group("meta_far", where, few), meta, quantity, decides=False)
-               for quantity in ("accuracy", "adapted")] if len(sizes) > 2 else []  # beside a whole curve, not a pair
-        return [Comparison(meta, full, margin=MARGIN),
-                Comparison(meta, full, "adapted", margin=MARGIN, decides=False, right_quantity="accuracy"),
-                Comparison(Group("lora_matched", where, few), full, margin=MARGIN, decides=False),
-                *far]
+        yield Comparison(meta, full, margin=MARGIN)
+        yield beside(meta, full, "adapted", margin=MARGIN, right_quantity="accuracy")
+        yield beside(Group("lora_matched", where, few), full, margin=MARGIN)
+        for quantity in ("accuracy", "adapted") if len(sample_counts) > 2 else ():  # beside a whole curve, not a pair
+            yield beside(Group("meta_far", where, few), meta, quantity)
+
     return [
         Claim(1, "Heads that start at zero stay near-copies (HydraLoRA); R-LoRA's do not.",
               (Comparison(hydra, rlora, "cosine"), Comparison(hydra, NEAR_COPIES, "cosine"),
                Comparison(rlora, NEAR_COPIES, "cosine", claimed=-1))),
         Claim(2, "R-LoRA is better than HydraLoRA, and that better than LoRA.",  # beside it the ablation of R-LoRA
-              (Comparison(rlora, hydra), Comparison(hydra, lora),
-               *[Comparison(left, right, decides=False) for left, right in (
-                   (dropout, neither), (start, neither), (rlora, neither), (rlora, dropout), (rlora, start),
-                   (neither, hydra))])),  # the last two differ in the scaling alone
+              (Comparison(rlora, hydra), Comparison(hydra, lora), beside(dropout, neither), beside(start, neither),
+               beside(rlora, neither), beside(rlora, dropout), beside(rlora, start),
+               beside(neither, hydra))),  # these two differ in the scaling alone
         Claim(3, "R-LoRA's steps take less time and less memory than HydraLoRA's.",
               tuple(Comparison(Group(pair, "cost"), 0.0, quantity, claimed=-1, decides=pair == "dropout 0.1")
                     for pair in COSTS for quantity in ("time", "memory"))),
@@ -145,12 +142,19 @@ def declare(sizes):
         Claim(5, "A single LoRA of higher rank, with as many trainable parameters, keeps up with multi-head adapters.",
               tuple(Comparison(matched, rival, margin=MARGIN) for rival in (hydra, rlora, mlora))),
         Claim(6, "Align-LoRA (KL, MMD) beats LoRA of the same rank and all multi-head adapters, on the trained tasks "
-                 "and on tasks not trained on.", tuple(claim_6)),
-        Claim(7, f"MeTA-LoRA with {few} samples per task keeps up with LoRA with all {sizes[-1]}.",
-              (*few_samples("tasks"), *curve)),
+                 "and on tasks not trained on.",
+              (*(Comparison(align, rival, quantity) for quantity in ("accuracy", "unseen") for align in (kl, mmd)
+                 for rival in rivals),
+               beside(kl, shuffled), beside(kl, shuffled, "unseen"),
+               *(beside(align, matched, "distance", claimed=-1) for align in (kl, mmd, shuffled)),
+               *(beside(group, 0.0, "moved", claimed=-1) for group in (matched, kl, mmd, shuffled)))),
+        Claim(7, f"MeTA-LoRA with {few} samples per task keeps up with LoRA with all {everything}.",
+              (*few_samples("tasks"),
+               *(beside(Group("meta", samples=count), Group("lora_matched", samples=count)) for count in smaller),
+               beside(Group("meta", samples=everything), matched))),
         Claim(8, f"The same in several languages: with {few} samples per language it keeps up with LoRA with all.",
-              (*few_samples("languages"), Comparison(Group("meta", "languages", few),
-                                                     Group("lora_matched", "languages", few), decides=False))),
+              (*few_samples("languages"),
+               beside(Group("meta", "languages", few), Group("lora_matched", "languages", few)))),
     ]
 
 

@@ -10,28 +10,27 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import add_adapters, find_adapters, load_adapter, remove_adapters
-from ..align import VARIANCE_FLOOR, collect_features, real_tokens, symmetric_kl
-from ..batching import collate, encode, label_logits
-from ..run.cli import Parser, run_command
-from ..evaluate import like_lengths
-from ..run.files import write_json
-from ..run.models import load_model
-from ..multihead import cosines, head_cosines, mean_of_pairs
-from .pictures import draw_heads, say_missing
-from ..run.settings import adapter_config, read_config
+from ..adapters import add_adapters, find_adapters, remove_adapters
+from ..align import VARIANCE_FLOOR, collect_features, real_tokens
+from ..batching import collate, encode
+from ..config import adapter_config
 from ..data.tasks import load_tasks, require_samples
+from ..evaluate import length_buckets
+from ..loss import label_logits
+from ..multihead import cosines, head_cosines, mean_of_pairs
+from ..run import adapter_files, cli, files, models, settings
+from .pictures import draw_heads
 
 SAMPLES = 50  # validation samples of each task whose features are looked at
 
 
 def open_finished(folder, device="auto"):
     """(config, tasks, model with the trained adapter, tokenizer) of a run folder; ValueError if it is not finished."""
-    config = read_config(folder, finished=True)
+    config = settings.read_config(folder, finished=True)
     tasks = load_tasks(config.tasks)
     require_samples(tasks, "validation")
-    model, tokenizer, _ = load_model(config.model, device, config.dtype)
-    load_adapter(model, Path(folder) / "adapter")
+    model, tokenizer, _ = models.load_model(config.model, device, config.dtype)
+    adapter_files.load_adapter(model, Path(folder) / "adapter")
     return config, tasks, model, tokenizer
 
 
@@ -45,51 +44,57 @@ def back_to_start(model, config):
 
 @torch.no_grad()
 def collect(model, tokenizer, tasks, max_length, part="lora_A"):
-    """{layer: for each task, a list of [length, width] for each of its first SAMPLES samples}, in float32 on the CPU.
+    """For each task a list of [length, layers, width], one for each of its first SAMPLES samples; float32, on the CPU.
 
     part: "lora_A" for the features A x, "router" for the router's scores; at the real tokens, prompt and target.
     """
-    found = {}
+    found = []
     for task in tasks:
-        samples, kept = task.validation[:SAMPLES], {}
-        for chosen in like_lengths(samples, 32):
+        samples, kept = task.validation[:SAMPLES], []
+        for chosen in length_buckets(samples, 32):
             rows = [encode(tokenizer, samples[i], max_length) for i in chosen]
             batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id)
             with collect_features(model, part) as outputs:
                 label_logits(model, batch)
-            lengths = batch["attention_mask"].sum(1).tolist()
-            for name, z in real_tokens(outputs, batch).items() if outputs else ():
-                kept.setdefault(name, []).extend(z.float().cpu().split(lengths))
-        for name, values in kept.items():
-            found.setdefault(name, []).append(values)
+            z, _ = real_tokens(outputs, batch)  # [tokens, layers, width]
+            kept += z.float().cpu().split(batch["attention_mask"].sum(1).tolist())
+        found.append(kept)
     return found
+
+
+def symmetric_kl(mean, variance, other_mean, other_variance):
+    """[ex5] The symmetric KL divergence ½ (KL(t‖t') + KL(t'‖t)) of two diagonal Gaussians, summed over the features.
+
+    All four [r] -> a scalar. Per feature, with means μ and μ' and variances v and v',
+        KL(t‖t') = ½ [ log(v'/v) + (v + (μ - μ')²) / v' - 1 ]
+    and in the sum of both ways the logarithms cancel: D = ¼ [ v/v' + v'/v - 2 + (μ - μ')² (1/v + 1/v') ].
+    """
+    ratio = variance / other_variance + other_variance / variance - 2  # [r]
+    shift = (mean - other_mean).square() * (1 / variance + 1 / other_variance)  # [r]
+    return (ratio + shift).sum() / 4
+
+
+def of_each_task(features, statistic):
+    """[layers, T, width]: statistic(z [tokens, layers, width]) of what `collect` found for each task."""
+    return torch.stack([statistic(torch.cat(samples)) for samples in features], dim=1)
 
 
 def task_distances(features):
-    """{layer: [T, T], the symmetric KL divergence of every pair of tasks}, of what `collect` returns.
-
-    The mean over pairs is what `kl_alignment` is of the same features.
-    """
-    def gaussian(samples):
-        z = torch.cat(samples)  # [tokens, r]
-        return z.mean(0), z.var(0, unbiased=False) + VARIANCE_FLOOR
-    found = {}
-    for name, tasks in features.items():
-        gaussians = [gaussian(samples) for samples in tasks]
-        found[name] = torch.tensor([[symmetric_kl(*one, *other) for other in gaussians] for one in gaussians])
-    return found
+    """[layers, T, T]: the symmetric KL divergence of every pair of tasks; `kl_alignment` is its mean over pairs."""
+    means = of_each_task(features, lambda z: z.mean(0))  # [layers, T, r]
+    variances = of_each_task(features, lambda z: z.var(0, correction=0) + VARIANCE_FLOOR)
+    return torch.tensor([[[symmetric_kl(*one, *other) for other in zip(*layer)] for one in zip(*layer)]
+                         for layer in zip(means, variances)])
 
 
 def task_cosines(features):
-    """{layer: [T, T], the cosine between the tasks' mean features}."""
-    return {name: cosines(torch.stack([torch.cat(samples).mean(0) for samples in tasks]))
-            for name, tasks in features.items()}
+    """[layers, T, T]: the cosine between the tasks' mean features."""
+    return torch.stack([cosines(means) for means in of_each_task(features, lambda z: z.mean(0))])
 
 
 def router_weights(scores):
-    """{layer: [T, N], the mean weight softmax(W_r x) of each head over the tokens of each task}."""
-    return {name: torch.stack([torch.cat(samples).softmax(-1).mean(0) for samples in tasks])
-            for name, tasks in scores.items()}
+    """[layers, T, N]: the mean weight softmax(W_r x) of each head over the tokens of each task."""
+    return of_each_task(scores, lambda z: z.softmax(-1).mean(0))
 
 
 def principal_components(features):
@@ -97,87 +102,77 @@ def principal_components(features):
 
     A sample is the mean over its tokens of A x, all layers side by side.
     """
-    layers = [torch.stack([z.mean(0) for samples in tasks for z in samples]) for tasks in features.values()]
-    owner = torch.tensor([i for i, samples in enumerate(next(iter(features.values()))) for _ in samples])
-    table = torch.cat(layers, dim=1)  # [samples, layers · r]
-    u, s, _ = torch.linalg.svd(table - table.mean(0), full_matrices=False)
+    owner = torch.tensor([i for i, samples in enumerate(features) for _ in samples])
+    points = torch.stack([z.mean(0).flatten() for samples in features for z in samples])  # [samples, layers · r]
+    u, s, _ = torch.linalg.svd(points - points.mean(0), full_matrices=False)
     return u[:, :2] * s[:2], owner, (s.square() / s.square().sum())[:2].tolist()
 
 
-def head_matrices(model):
-    """{layer: [N, N], the cosines between vec(B_i)}, of a model with several heads; {} of any other."""
-    return {name: cosines(adapter.heads.detach().flatten(1).cpu()) for name, adapter in find_adapters(model).items()
-            if len(getattr(adapter, "heads", ())) > 1}
-
-
-def look(folder, device="auto"):
+def inspect_run(folder, device="auto"):
     """(what heads.json holds, what `draw_heads` needs beside it) of a finished run."""
     config, tasks, model, tokenizer = open_finished(folder, device)
-    features = collect(model, tokenizer, tasks, config.max_length)
-    matrices, alike, apart = head_matrices(model), task_cosines(features), task_distances(features)
-    now = dict(zip(matrices, head_cosines(model).get("head_cosine", ())))
-    router = router_weights(collect(model, tokenizer, tasks, config.max_length, "router"))
+    adapters, names = find_adapters(model), [task.name for task in tasks]
+
+    def state():  # of the adapters that are in the model
+        features = collect(model, tokenizer, tasks, config.max_length)
+        return features, task_distances(features), head_cosines(model).get("head_cosine", [None] * len(adapters))
+
+    def of_pairs(matrices):  # None where there is only one task
+        return [mean_of_pairs(matrix).item() if len(matrix) > 1 else None for matrix in matrices]
+
+    features, apart, heads_alike = state()
+    heads = [cosines(adapter.heads.detach().flatten(1).cpu()) for adapter in adapters.values()
+             if len(getattr(adapter, "heads", ())) > 1]
+    router = []
+    if any(getattr(adapter, "router", None) for adapter in adapters.values()):
+        router = router_weights(collect(model, tokenizer, tasks, config.max_length, "router")).mean(0).tolist()
     back_to_start(model, config)
-    start = dict(zip(matrices, head_cosines(model).get("head_cosine", ())))
-    apart_at_start = task_distances(collect(model, tokenizer, tasks, config.max_length))
-    several = len(tasks) > 1
-    layers = [{"layer": name, "head_cosine_start": start.get(name), "head_cosine": now.get(name),
-               "task_cosine": mean_of_pairs(alike[name]).item() if several else None,
-               "distance_start": mean_of_pairs(apart_at_start[name]).item() if several else None,
-               "distance": mean_of_pairs(apart[name]).item() if several else None} for name in features]
-    names = [task.name for task in tasks]
-    distances = torch.stack(list(apart.values())).mean(0).tolist()
-    weights = torch.stack(list(router.values())).mean(0).tolist() if router else []
-    report = {"run": str(folder), "method": config.method, "layers": layers,
-              "distances": {name: dict(zip(names, row)) for name, row in zip(names, distances)},
-              "router": dict(zip(names, weights))}
-    return report, (matrices, principal_components(features), names)
+    _, apart_at_start, heads_alike_at_start = state()
+    columns = {"layer": adapters, "head_cosine_start": heads_alike_at_start, "head_cosine": heads_alike,
+               "task_cosine": of_pairs(task_cosines(features)), "distance_start": of_pairs(apart_at_start),
+               "distance": of_pairs(apart)}
+    findings = {"run": str(folder), "method": config.method,
+                "layers": [dict(zip(columns, layer)) for layer in zip(*columns.values())],
+                "distances": {name: dict(zip(names, row)) for name, row in zip(names, apart.mean(0).tolist())},
+                "router": dict(zip(names, router))}
+    return findings, (heads, principal_components(features))
 
 
-def show(report):
-    """Lines of text: a row for each layer, then the router's weights."""
-    def cell(value, digits=2):
-        return f"{'-' if value is None else f'{value:.{digits}f}':>9}"
+def findings_text(findings):
+    """Lines of text: a row for each layer, then the tasks' distances and the router's weights."""
+    def row(name, values, digits=2):
+        return f"{name:38}" + "".join(f"{'-' if value is None else f'{value:.{digits}f}':>9}" for value in values)
 
-    columns = [name for name in report["layers"][0] if name != "layer"]
-    short = {"head_cosine": "now", "head_cosine_start": "start", "task_cosine": "now", "distance": "now",
-             "distance_start": "start"}
+    rows = [[value for name, value in layer.items() if name != "layer"] for layer in findings["layers"]]
+    means = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
     lines = [f"{'':38}{'heads alike':>18}{'tasks':>9}{'tasks apart':>18}",
-             f"{'layer':38}" + "".join(f"{short[name]:>9}" for name in columns)]
-    rows = report["layers"] + [{"layer": "mean of the layers"} | {name: mean_of([row[name] for row in report["layers"]])
-                                                                  for name in columns}]
-    lines += [f"{row['layer'][-37:]:38}" + "".join(cell(row[name]) for name in columns) for row in rows]
-    lines += ["", "heads alike: mean cosine between heads, -: none, or heads of zeros; tasks: mean cosine between the",
+             f"{'layer':38}" + "".join(f"{time:>9}" for time in ("start", "now", "now", "start", "now"))]
+    lines += [row(layer["layer"][-37:], values) for layer, values in zip(findings["layers"], rows)]
+    lines += [row("mean of the layers", means), "",
+              "heads alike: mean cosine between heads, -: none, or heads of zeros; tasks: mean cosine between the",
               "tasks' mean features; tasks apart: mean KL divergence between their features, in nats"]
-    if len(report["distances"]) > 1:
+    if len(findings["distances"]) > 1:
         lines += ["", "how far apart the tasks are, in the same order, mean of the layers"]
-        lines += [f"{task[-26:]:26}" + "".join(f"{value:7.2f}" for value in row.values())
-                  for task, row in report["distances"].items()]
-    if report["router"]:
+        lines += [f"{task[-26:]:26}" + "".join(f"{value:7.2f}" for value in distances.values())
+                  for task, distances in findings["distances"].items()]
+    if findings["router"]:
         lines += ["", "the router's weight for each head, mean of the layers"]
-        lines += [f"{task[-37:]:38}" + "".join(cell(value, 3) for value in row)
-                  for task, row in report["router"].items()]
+        lines += [row(task[-37:], weights, 3) for task, weights in findings["router"].items()]
     return "\n".join(lines)
-
-
-def mean_of(values):
-    """The mean of a list of numbers; None if one is None."""
-    return None if None in values else sum(values) / len(values)
 
 
 def main(argv=None):
     """Look into a run, print, write heads.json and the pictures; returns what heads.json holds."""
-    parser = Parser("lab.heads", __doc__)
-    parser.add_argument("--run", required=True, help="a finished run folder of train")
+    parser = cli.Parser("lab.heads", __doc__)
+    parser.add_argument("--run", required=True, type=Path, help="a finished run folder of train")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    report, more = look(args.run, args.device)
-    write_json(Path(args.run) / "heads.json", report)
-    print(show(report))
-    written = [] if say_missing() else draw_heads(report, *more, Path(args.run))
-    print("\nwritten:", *[Path(args.run) / "heads.json", *written], sep="\n")
-    return report
+    findings, more = inspect_run(args.run, args.device)
+    files.write_json(args.run / "heads.json", findings)
+    print(findings_text(findings))
+    print("\nwritten:", args.run / "heads.json", *draw_heads(findings, *more, args.run), sep="\n")
+    return findings
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

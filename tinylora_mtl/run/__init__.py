@@ -4,4 +4,5 @@ Read `training.py` first: a run from its settings to its results. `loop.py` is w
 checkpoints, signals, steps passed over), `gradients.py` a step in micro-batches or shared by processes, `scoring.py`
 accuracies with their intervals and the command `evaluate`. The rest serves these and can be skipped: flags and checks
 (`settings.py`), models, adapter files, checkpoints, the run folder, processes under torchrun, files, command lines.
+README.md beside this tells what a user sees of all that.
 """

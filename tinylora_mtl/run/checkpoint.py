@@ -2,21 +2,29 @@
 
 A checkpoint is one file, checkpoints/step-000150.pt in the run folder: 64 characters of SHA-256, then what torch.save
 made of a dict. It is written aside and renamed, and the one before is kept, so that a kill at any moment leaves one
-that is whole. Reading one runs no code: it is loaded with weights_only=True.
+that is whole; a checksum tells that a file is whole, not who wrote it. Reading one runs no code (weights_only=True).
 """
 
 import hashlib
 import io
 import os
 import pickle
+from dataclasses import asdict, dataclass
 
 import torch
 
-from .distributed import gather, rank
+from .distributed import gather, process_rank
 from .files import write_file
 
-KEYS = ("step", "skipped_steps", "before", "seconds", "metrics_bytes",  # what train.py puts in, and `capture`:
-        "adapter", "optimizer", "schedule", "batches", "random")
+
+@dataclass
+class Progress:
+    """What a run remembers beside its TrainState."""
+
+    before: dict  # the base model's accuracies
+    skipped_steps: int = 0  # that were passed over, over all lives of the run
+    metrics_bytes: int = 0  # of metrics.jsonl, when the last checkpoint was made
+    seconds: float = 0.0  # that the run had taken by then
 
 
 def list_checkpoints(folder):
@@ -24,16 +32,16 @@ def list_checkpoints(folder):
     return sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
 
 
-def save_checkpoint(folder, state):
-    """Write a checkpoint of `state["step"]`; keep the one before, and no other. The first process does."""
-    if rank() > 0:
+def save_checkpoint(folder, content):
+    """Write a checkpoint of `content["step"]`; keep the one before, and no other. The first process does."""
+    if process_rank() > 0:
         return
-    content = io.BytesIO()
-    torch.save(state, content)
-    digest = hashlib.sha256(content.getbuffer()).hexdigest().encode()
-    path = folder / "checkpoints" / f"step-{state['step']:06d}.pt"
+    file = io.BytesIO()
+    torch.save(content, file)
+    digest = hashlib.sha256(file.getbuffer()).hexdigest().encode()
+    path = folder / "checkpoints" / f"step-{content['step']:06d}.pt"
     path.parent.mkdir(exist_ok=True)
-    write_file(path, digest + content.getbuffer())
+    write_file(path, digest + file.getbuffer())
     files = list_checkpoints(folder)
     at = files.index(path)
     stale = files[:max(at - 1, 0)] + files[at + 1:]  # later ones are there only if they could not be read
@@ -42,25 +50,22 @@ def save_checkpoint(folder, state):
 
 
 def load_checkpoint(folder):
-    """The state in the newest checkpoint of a run folder that is whole, or None; says of any other that it is not."""
+    """What is in the newest checkpoint of a run folder that is whole, or None; says of any other that it is not."""
     for path in reversed(list_checkpoints(folder)):
         content = path.read_bytes()
         if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
             print(f"{path} is not whole (its checksum is wrong), so it is passed over")
             continue
         try:
-            state = torch.load(io.BytesIO(content[64:]), map_location="cpu", weights_only=True)
-            if not set(KEYS) <= set(state):
-                raise ValueError(f"it lacks one of {', '.join(KEYS)}")
-            return state
+            return torch.load(io.BytesIO(content[64:]), map_location="cpu", weights_only=True)
         except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is no checkpoint of a run: {str(error):.200}; take it away to do without") \
                 from error
     return None
 
 
-def capture(parameters, optimizer, schedule, batches):
-    """What `restore` needs: the tensors that train, the optimiser, the schedule, the data position, random states.
+def capture(state, progress):
+    """What a checkpoint of a TrainState and its Progress holds, for `restore`.
 
     All but the random states is the same in every process; of those the checkpoint has each one's.
     """
@@ -68,30 +73,36 @@ def capture(parameters, optimizer, schedule, batches):
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
     random, *others = gather(random)
-    return {"adapter": {name: parameter.detach() for name, parameter in parameters.items()},
-            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "batches": batches.state(),
-            "random": random, "random_of_others": others}
+    return {"step": state.step, "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
+            "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(),
+            "batches": state.batches.state_dict(), "random": random, "random_of_others": others} | asdict(progress)
 
 
 @torch.no_grad()
-def restore(state, parameters, optimizer, schedule, batches):
-    """Put everything back where `capture` found it, in place.
+def restore(content, state):
+    """Put everything back where `capture` found it, in place; returns the Progress.
 
-    ValueError, before anything is changed, if the state is not of these parameters.
+    ValueError, before anything is changed, if the checkpoint is not of these parameters.
     """
-    shapes = {name: tensor.shape for name, tensor in state["adapter"].items()}
-    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
+    try:
+        progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+        shapes = {name: tensor.shape for name, tensor in content["adapter"].items()}
+        random = [content["random"], *content["random_of_others"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the newest checkpoint is no checkpoint of a run: {error} is missing") from error
+    if shapes != {name: parameter.shape for name, parameter in state.parameters.items()}:
         raise ValueError("the checkpoint is of another run: its adapter has other layers or shapes")
-    for name, parameter in parameters.items():
-        parameter.copy_(state["adapter"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    batches.set_state(state["batches"])
-    random = [state["random"], *state.get("random_of_others", ())]
-    if rank() < len(random):  # else there are more processes now
-        torch.set_rng_state(random[rank()]["cpu"])
-        if len(random[rank()].get("cuda", ())) == torch.cuda.device_count() > 0:  # else it goes on on other hardware
-            torch.cuda.set_rng_state_all(random[rank()]["cuda"])
+    for name, parameter in state.parameters.items():
+        parameter.copy_(content["adapter"][name])
+    state.step = content["step"]
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.schedule.load_state_dict(content["schedule"])
+    state.batches.load_state_dict(content["batches"])
+    if process_rank() < len(random):  # else there are more processes now
+        torch.set_rng_state(random[process_rank()]["cpu"])
+        if len(random[process_rank()].get("cuda", ())) == torch.cuda.device_count() > 0:  # else on other hardware
+            torch.cuda.set_rng_state_all(random[process_rank()]["cuda"])
+    return progress
 
 
 def open_metrics(folder, length):
@@ -99,7 +110,7 @@ def open_metrics(folder, length):
 
     The first process's; what another one writes goes nowhere. ValueError if it is shorter.
     """
-    if rank() > 0:
+    if process_rank() > 0:
         return open(os.devnull, "w")
     metrics = open(folder / "metrics.jsonl", "a", newline="\n")
     if metrics.tell() < length:
@@ -111,7 +122,7 @@ def open_metrics(folder, length):
 
 def synced_length(metrics):
     """The bytes in an open file so far (flushed after every line), all of them on the disk from now on."""
-    if rank() > 0:
+    if process_rank() > 0:
         return 0
     os.fsync(metrics.fileno())
     return os.fstat(metrics.fileno()).st_size

@@ -6,11 +6,10 @@ import sys
 
 import torch
 
-from ..align import NoGradientError
-from .distributed import rank
+from .distributed import process_rank
 
 # These carry a message for the user. Any other exception is a defect of this package, and shows where it was.
-USER_ERRORS = (ValueError, OSError, FloatingPointError, NoGradientError, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +20,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        self.exit(2, None if rank() > 0 else f"{self.prog}: error: {message}; --help lists the flags\n")
+        self.exit(2, None if process_rank() > 0 else f"{self.prog}: error: {message}; --help lists the flags\n")
 
 
 def whole(low, high=2 ** 63 - 1):
@@ -75,7 +74,7 @@ def run_command(command):
         sys.exit(2)
     except KeyboardInterrupt as stop:  # without StopSignals it is Python's own, and carries nothing
         number = getattr(stop, "number", signal.SIGINT)
-        if rank() == 0:
+        if process_rank() == 0:
             print(f"stopped by {signal.Signals(number).name}{one_line(stop) and '; '}{one_line(stop)}", file=sys.stderr)
         sys.exit(128 + number)
 

@@ -6,18 +6,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from filelock import FileLock, Timeout  # comes with torch and with huggingface_hub
+
 from .checkpoint import list_checkpoints
 from .cli import Stopped
-from .distributed import gather, rank
+from .distributed import gather, process_rank
 from .files import make_folder, write_json
 from .settings import MAY_DIFFER, read_config
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
-
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)  # of a network disk: better unguarded than not at all
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, or a limit on the size of a file
 
 
@@ -26,10 +23,10 @@ def open_run(config, resuming):
     """Within the block, the run folder (yielded) is this process's alone; a new run's has its config.json.
 
     Raises FileExistsError for a folder that already holds a run (unless --overwrite), BlockingIOError for one that
-    another process is using, OSError for one that cannot be made. An OSError for want of space, and a signal, leave
-    the block with a message that says how to go on. Of several processes the first does all that, for all.
+    another process is using, OSError for one that cannot be made. A full disk and a signal leave the block with a
+    message that says how to go on. Of several processes the first does all that, for all.
     """
-    if rank() > 0:
+    if process_rank() > 0:
         yield gather(None)[0]
         return
     folder = Path(config.out) if config.out is not None else free_folder(config)
@@ -49,8 +46,7 @@ def open_run(config, resuming):
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            raise OSError(f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") \
-                from error
+            raise OSError(f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") from error
         except Stopped as stop:
             raise Stopped(stop.number, how_to_go_on(folder)) from stop
 
@@ -82,20 +78,17 @@ def clear(folder):
 def locked(folder):
     """Within the block no other process can enter one for the same folder; however this one ends, the lock goes too.
 
-    Raises BlockingIOError if another process is in.
+    Raises BlockingIOError if another process is in, OSError for a folder that cannot be written to.
     """
+    lock = FileLock(Path(folder) / ".lock")
     try:
-        file = open(folder / ".lock", "a")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(f"another process is using {folder}; wait until it has ended, or stop it") from error
     except OSError as error:
-        raise OSError(f"{folder} cannot be written to: {error.strerror}; it needs a disk that can") from error
-    with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError) as error:
-            raise BlockingIOError(f"another process is using {folder}; wait until it has ended, or stop it") from error
-        except OSError:
-            pass  # a network disk without locks: better unguarded than not at all
+        if error.errno not in NO_LOCKS:
+            raise OSError(f"{folder} cannot be written to: {error.strerror}; it needs a disk that can") from error
+    try:
         yield
+    finally:
+        lock.release()

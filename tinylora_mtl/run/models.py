@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..adapters import adapter_parameters
-from ..batching import label_loss, random_aside
+from ..loss import label_loss
+from ..meta import fork_rng
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,20 +29,15 @@ def load_model(name, device="auto", dtype="auto"):
 
     Code that a model brings along is never run. Raises ValueError for what is not there or cannot be loaded.
     """
-    source = MINI if name == "mini" else Path(name)
-    if not source.is_dir():
-        return load_from_hub(name, pick_device(device), dtype)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
-    return load(source, pick_device(device), dtype, local_files_only=True)
-
-
-def load_from_hub(name, device, dtype):
-    """As `load_model`, from the Hub: from its local cache if the model is there, else from the network."""
+    source, device = MINI if name == "mini" else Path(name), pick_device(device)
+    if source.is_dir():
+        if not (source / "config.json").is_file():
+            raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
+        return load(source, device, dtype, local_files_only=True)
     try:
         return load(name, device, dtype, local_files_only=True)
     except OSError:
-        pass  # not in the cache
+        pass  # not in the Hub's local cache
     try:  # asked once, because loading itself would try for most of a minute before it gave up
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # of several kinds, by what is wrong and by the version of huggingface_hub
@@ -79,24 +75,12 @@ def load(source, device, dtype, local_files_only):
     return model, tokenizer, device
 
 
-def checkpoint_layers(model):
-    """Have the layers computed anew in the backward pass, with the same dropout, while the model is in training mode.
-
-    Not reentrant: with that kind the features would have no gradient (Align-LoRA), and `autograd.grad` (MeTA-LoRA)
-    would not work. Raises ValueError for a model that cannot do it.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
-    enable({"use_reentrant": False})
-
-
 def compile_model(model, batch):
-    """The model as compiled by torch, to call in training. Where that fails, the model itself, and a line says why.
-
-    torch compiles when the model is first called, so it is tried here on a batch, forward and backward.
-    """
+    """The model as compiled by torch, tried on a batch, forward and backward. Where that fails, the model itself, and a
+    line says why."""
     compiled = torch.compile(model, dynamic=True)  # batches differ in length
     try:
-        with random_aside(model):
+        with fork_rng(model):
             torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
         return compiled
     except Exception as error:  # of many kinds, by what is missing

@@ -9,16 +9,17 @@ from conftest import TINY, run
 from safetensors.torch import load_file
 
 from tinylora_mtl import AdapterConfig, add_adapters, load_adapter
-from tinylora_mtl.run import training as train
+from tinylora_mtl import train as core
+from tinylora_mtl.run import training
 from tinylora_mtl.adapters import find_adapters
-from tinylora_mtl.evaluate import accuracies
+from tinylora_mtl.run.scoring import accuracies
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.data.tasks import load_tasks
-from tinylora_mtl.run.settings import METHODS, TrainConfig
+from tinylora_mtl.config import METHODS, TrainConfig
 from tinylora_mtl.run.training import parse
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method):
+def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method, few):
     results = run(tmp_path / "a run", method=method)
     assert results == json.loads((tmp_path / "a run" / "results.json").read_text())
     assert results["method"] == method and results["seed"] == 0
@@ -37,7 +38,7 @@ def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method)
     total = sum(p.numel() for p in model.parameters())
     load_adapter(model, tmp_path / "a run" / "adapter")
     assert results["trainable_parameters"] == sum(p.numel() for p in model.parameters()) - total
-    again = accuracies(model, tokenizer, load_tasks(TINY["tasks"]), "validation")
+    again = accuracies(model, tokenizer, training.load_tasks(TINY["tasks"]), "validation")
     assert again == results["after"]
 
 
@@ -57,7 +58,7 @@ def test_training_reaches_what_a_zeroed_branch_cannot(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["rlora", "meta"])
-def test_same_seed_same_files(tmp_path, method):
+def test_same_seed_same_files(tmp_path, method, few):
     for name in ("a", "b"):
         run(tmp_path / name, method=method)
     run(tmp_path / "c", method=method, seed=1)
@@ -70,7 +71,7 @@ def test_same_seed_same_files(tmp_path, method):
     assert any(not torch.equal(a[key], c[key]) for key in a)
 
 
-def test_accumulation_gives_the_same_training(tmp_path):
+def test_accumulation_gives_the_same_training(tmp_path, few):
     """In one piece or in three, the losses and the alignment of every step agree."""
     logs = []
     for pieces in (1, 3):
@@ -80,9 +81,9 @@ def test_accumulation_gives_the_same_training(tmp_path):
         assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_the_base_model_is_not_changed_by_training(tmp_path, monkeypatch):
+def test_the_base_model_is_not_changed_by_training(tmp_path, monkeypatch, few):
     kept = []
-    monkeypatch.setattr(train, "load_model", lambda *args: kept.append(load_model(*args)) or kept[0])
+    monkeypatch.setattr(training, "load_model", lambda *args: kept.append(load_model(*args)) or kept[0])
     run(tmp_path, method="rlora")
     fresh = load_model("mini", "cpu")[0].state_dict()
     for name, tensor in kept[0][0].state_dict().items():
@@ -90,14 +91,14 @@ def test_the_base_model_is_not_changed_by_training(tmp_path, monkeypatch):
             assert torch.equal(tensor, fresh[name.replace(".base.", ".")])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_tasks(tmp_path, monkeypatch):
-    original, calls = train.label_loss, []
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_tasks(tmp_path, monkeypatch, few):
+    original, calls = core.label_loss, []
 
     def spoiled(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 2 else 1.0)
-    monkeypatch.setattr(train, "label_loss", spoiled)
-    with pytest.raises(FloatingPointError, match="not finite at step 2, in a batch of word_sorting, dyck_languages"):
+    monkeypatch.setattr(core, "label_loss", spoiled)
+    with pytest.raises(FloatingPointError, match="not finite at step 2, .*in a batch of word_sorting, dyck_languages"):
         run(tmp_path, method="lora")
 
 
@@ -110,7 +111,7 @@ def test_every_flag_has_help_and_the_defaults_are_those_of_the_config():
     assert all(field.metadata["help"] for field in TrainConfig.__dataclass_fields__.values())
 
 
-def test_a_folder_with_a_run_is_kept_unless_told(tmp_path):
+def test_a_folder_with_a_run_is_kept_unless_told(tmp_path, few):
     run(tmp_path, method="lora")
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(FileExistsError, match="already holds a run; name another --out, or add --overwrite"):
@@ -119,7 +120,7 @@ def test_a_folder_with_a_run_is_kept_unless_told(tmp_path):
     assert run(tmp_path, method="lora", seed=3, overwrite=True)["seed"] == 3
 
 
-def test_run_folders_are_numbered(tmp_path, monkeypatch):
+def test_run_folders_are_numbered(tmp_path, monkeypatch, few):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         run(None, out=None, method="lora", steps=1)
@@ -128,6 +129,6 @@ def test_run_folders_are_numbered(tmp_path, monkeypatch):
 
 
 def test_main_works_from_a_notebook_and_a_plain_module():
-    """No global state: adapters can be added to a model by hand, beside `train`."""
+    """No global state: adapters can be added to a model by hand, beside `run`."""
     model, _, _ = load_model("mini", "cpu")
     assert len(add_adapters(model, AdapterConfig("rlora"))) == 3 * model.config.num_hidden_layers

@@ -1,0 +1,108 @@
+"""Adapters to files and back: a file says all there is to say, and a bad one is refused before anything is changed."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_batch, make_llama, randomize_adapters
+from safetensors.torch import load_file, save_file
+
+from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, save_adapter
+from tinylora_mtl.adapters import LAYERS
+
+IDS = make_batch()["input_ids"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def config_for(method, **changes):
+    return AdapterConfig(**{"method": method, "rank": 3, "alpha": 6, "heads": 4} | changes)
+
+
+@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("changes", [{}, {"rank_stabilized": True, "alpha": 5.0}, {"rank_stabilized": False}])
+def test_a_reloaded_adapter_gives_the_same_logits(tmp_path, method, changes):
+    model = make_llama()
+    add_adapters(model, config_for(method, targets="all-linear", **changes))
+    randomize_adapters(model)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "a folder")
+    other = make_llama()
+    load_adapter(other, tmp_path / "a folder")
+    assert torch.equal(logits(other), expected)
+    save_adapter(other, tmp_path / "again")  # and saving what was loaded writes the same files
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "a folder" / file).read_bytes()
+
+
+def saved(tmp_path, method="lora"):
+    model = make_llama()
+    add_adapters(model, config_for(method))
+    save_adapter(model, tmp_path)
+    return tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+
+
+def rewrite(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def corrupt(kind, config, weights):
+    """One way to spoil an adapter folder; returns what the message must name."""
+    tensors = load_file(weights)
+    key = next(iter(tensors))
+    if kind == "no weights":
+        weights.unlink()
+        return "adapter_model.safetensors"
+    if kind == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-10])
+        return "can be loaded"
+    if kind == "not json":
+        config.write_text("{")
+        return "can be read"
+    if kind == "foreign":
+        rewrite(config, lambda c: c.update(peft_type="IA3"))
+        return "IA3"
+    if kind == "dora":
+        rewrite(config, lambda c: c.update(use_dora=True))
+        return "use_dora"
+    if kind == "shape":
+        save_file(tensors | {key: torch.zeros(2, 2)}, weights)
+        return rf"{key} has shape \[2, 2\], not"
+    if kind == "missing":
+        tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+        save_file(tensors, weights)
+        return "up_proj.lora_B.weight is missing"
+    if kind == "extra":
+        save_file(tensors | {"more": torch.zeros(2)}, weights)
+        return "more is not known"
+    save_file({k.replace("layers.1", "layers.7"): v for k, v in tensors.items()}, weights)
+    return "no layer model.layers.7"
+
+
+@pytest.mark.parametrize("kind", ["no weights", "cut off", "not json", "foreign", "dora", "shape", "missing", "extra",
+                                  "other model"])
+def test_a_bad_adapter_folder_is_refused_and_the_model_left_alone(tmp_path, kind):
+    message = corrupt(kind, *saved(tmp_path))
+    model = make_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_adapter(model, tmp_path)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_saving_nothing_is_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save_adapter(llama, tmp_path)
+
+
+def test_loading_over_adapters_is_refused(llama, tmp_path):
+    saved(tmp_path)
+    add_adapters(llama, config_for("lora"))
+    with pytest.raises(ValueError, match="already has adapters"):
+        load_adapter(llama, tmp_path)

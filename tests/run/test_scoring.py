@@ -1,0 +1,157 @@
+"""Scoring whole splits: accuracies, their intervals, the table, and the command."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import command, make_llama
+
+from tinylora_mtl import AdapterConfig, add_adapters, save_adapter
+from tinylora_mtl.batching import encode_target
+from tinylora_mtl.config import TrainConfig
+from tinylora_mtl.data.tasks import Task, load_tasks, with_shots
+from tinylora_mtl.evaluate import EXTRA_TOKENS
+from tinylora_mtl.run import scoring, training
+from tinylora_mtl.run.cli import run_command
+from tinylora_mtl.run.models import load_model
+from tinylora_mtl.run.scoring import average, average_interval, interval, say_cut, table, task_accuracy
+
+
+@pytest.mark.slow
+def test_scoring_prints_no_warnings_of_the_libraries(tmp_path):
+    """With both kinds of scoring, in a process of its own: such warnings come once."""
+    for score in ("choose", "generate"):
+        done = command("--tasks", "navigate", "--score", score, module="evaluate", cwd=tmp_path)
+        assert done.returncode == 0 and not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_intervals_are_wilsons():
+    """Values of the score interval for 10 trials, as in the tables; and it covers what it should."""
+    for right, (low, high) in {0: (0.0, 0.2775), 5: (0.2366, 0.7634), 9: (0.5958, 0.9821), 10: (0.7225, 1.0)}.items():
+        assert interval(right / 10, 10) == pytest.approx([low, high], abs=1e-4)
+    generator, truth, counts = torch.Generator().manual_seed(0), {"a": 0.98, "b": 0.5, "c": 0.75}, {}
+    covered = 0
+    for _ in range(2000):
+        counts = {"a": 60, "b": 250, "c": 100}
+        drawn = {name: (torch.rand(counts[name], generator=generator) < p).double().mean().item()
+                 for name, p in truth.items()}
+        low, high = average_interval(drawn, counts)
+        covered += low <= average(truth) <= high
+    assert 0.935 < covered / 2000 < 0.975
+
+
+def test_accuracy_counts_every_sample():
+    model, tokenizer, _ = load_model("mini", "cpu")
+    samples = [("order pen axe =", "axe pen"), ("sort ink cup bag =", "bag cup ink"), ("order hen axe =", "hen axe")]
+    assert task_accuracy(model, tokenizer, Task("sort", [], [], samples)) == pytest.approx(2 / 3)
+    assert not model.training
+
+
+def test_table_fits_in_80_columns():
+    long = "tracking_shuffled_objects"
+    columns = {"before": {long: 0.5, "b": 0.0}, "after": {long: 0.25, "b": 1.0}, "after adapting": {long: 1.0, "b": 1.0}}
+    lines = table(columns, {long: 100, "b": 50}).splitlines()
+    assert lines[1].split() == [long, "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
+                                "100"]
+    assert lines[3].split() == ["average", "25.0", "(20-31)", "62.5", "(57-67)", "100.0", "(96-100)", "150"]
+    assert max(map(len, lines)) <= 80
+    assert max(map(len, table({"after": {"x" * 99: 0.5}}, {"x" * 99: 2000}).splitlines())) <= 80
+
+
+def test_shots_are_training_samples_or_else_not_scored():
+    train_split = [(f"train {i} Answer:", f"a{i}") for i in range(9)]
+    task = Task("t", train_split, [], [("test Answer:", "b"), ("x Answer:", "c")])
+    shown = with_shots(task, "test", 2).test
+    assert [target for _, target in shown] == ["b", "c"]
+    first, second, last = shown[0][0].split("\n\n")
+    assert {first, second} <= {f"{prompt} {target}" for prompt, target in task.train} and first != second
+    assert last == "test Answer:" and shown[1][0] == f"{first}\n\n{second}\n\nx Answer:"
+    own = with_shots(Task("t", [], [], task.train), "test", 3).test
+    assert len(own) == 6
+    for prompt, target in own:
+        *examples, question = prompt.split("\n\n")
+        assert len(examples) == 3 and f"{question} {target}" not in examples
+    with pytest.raises(ValueError, match="task 't' has 2 samples, too few for 2 shots"):
+        with_shots(Task("t", [], [], task.test), "test", 2)
+
+
+def test_a_sample_that_comes_twice_is_one_shot():
+    twice = with_shots(Task("t", [("a", "x"), ("a", "x"), ("b", "y")], [], [("q", "z")]), "test", 2)
+    assert twice.test in ([("a x\n\nb y\n\nq", "z")], [("b y\n\na x\n\nq", "z")])
+    with pytest.raises(ValueError, match="has 2 samples, too few for 3 shots"):
+        with_shots(Task("t", [("a", "x"), ("a", "x"), ("b", "y")], [], [("q", "z")]), "test", 3)
+
+
+def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
+    config = TrainConfig(tasks=("word_sorting",), method="lora", steps=30, batch_size=16, out=str(tmp_path / "run"),
+                         device="cpu", split="validation")
+    results = training.run(config)
+    assert scoring.command(["--run", str(tmp_path / "run")]) == results["after"]  # on the run's own split
+    folder = ["--adapter", str(tmp_path / "run" / "adapter"), "--tasks", "word_sorting", "--split", "validation"]
+    assert scoring.command(folder) == results["after"] != results["before"]
+    capsys.readouterr()
+    assert scoring.command([*folder[2:], "--show", "2"]) == results["before"]
+    printed = capsys.readouterr().out
+    assert printed.count("[word_sorting] Sort the following words") == 2 and printed.count("the answer is") == 2
+    navigate = ["--tasks", "navigate", "--split", "validation", "--score", "choose", "--show", "1"]
+    assert 0.3 < scoring.command([*navigate, "--shots", "2"])["navigate"] < 0.7  # one of two labels, and it cannot know
+    printed = capsys.readouterr().out
+    assert printed.count("Answer: Yes") + printed.count("Answer: No") == 2 and "scored by choose" in printed
+
+
+def test_prompts_that_are_cut_are_counted_and_told(capsys):
+    model, tokenizer, _ = load_model("mini", "cpu")
+    task = load_tasks(["navigate"])[0]
+    room = 30 - (len(encode_target(tokenizer, "Yes")) + EXTRA_TOKENS)  # of --max-length: the answer and four tokens to spare
+    assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {30 - 4 - room}
+    long = sum(len(tokenizer(prompt)["input_ids"]) > room for prompt, _ in task.validation)
+    assert 0 < long < len(task.validation)
+    flags = ["--tasks", "navigate", "--split", "validation", "--score", "choose"]
+    scoring.command([*flags, "--max-length", "30"])
+    told = f"{long} of {len(task.validation)} validation prompts are too long for --max-length 30: their beginning is cut"
+    assert told in capsys.readouterr().out.splitlines()
+    scoring.command(flags)
+    assert "too long" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--run", "nowhere"], "nowhere is not a run folder: it has no config.json"),
+    (["--adapter", "nowhere"], "nowhere is not an adapter folder: it has no adapter_config.json"),
+    (["--tasks", "x"], "unknown task 'x'"), (["--split", "x"], "invalid choice: 'x'"),
+    (["--score", "x"], "invalid choice: 'x'"), (["--shots", "-1"], "argument --shots: must be from 0 to"),
+    (["--score", "choose"], "task 'word_sorting' has no closed set of labels"),
+    (["--tasks", "navigate", "--shots", "501"], "task 'navigate' has 500 samples, too few for 501 shots"),
+    (["--dtype", "int8"], "unknown dtype 'int8'; there are: auto, float32"),
+    (["--max-length", "300"], "--max-length 300 is more than the 256 positions"),
+    (["--show", "x"], "invalid int"), (["--show", "-1"], "argument --show: must be from 0 to"),
+    (["--max-length", "-5"], "argument --max-length: must be from 1 to")])
+def test_bad_input(capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: scoring.command(flags))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and message in captured.err and len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    model = make_llama()
+    add_adapters(model, AdapterConfig())
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "config.json").write_text(json.dumps({"model": "mini", "tasks": ["navigate"]}))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        scoring.command(["--run", str(tmp_path)])
+
+
+def test_a_target_without_room_is_refused_and_a_prompt_is_cut_for_its_own_target_only(capsys):
+    _, tokenizer, _ = load_model("mini", "cpu")
+    long, short = "word " * 10 + "Answer:", "word " * 7 + "Answer:"
+    samples = [(long, "x"), (long, "x"), (short, "word " * 12)]
+    whole, left = (len(tokenizer(prompt)["input_ids"]) for prompt in (long, short))
+    target = len(encode_target(tokenizer, samples[2][1]))
+    task = Task("t", [], [], samples)
+    say_cut(tokenizer, [task], "test", target + EXTRA_TOKENS + left)
+    assert capsys.readouterr().out == ""
+    say_cut(tokenizer, [Task("t", [], [], samples[:2])], "test", whole + EXTRA_TOKENS)
+    assert capsys.readouterr().out.startswith("2 of 2 test prompts are too long for --max-length")
+    with pytest.raises(ValueError, match=f"task 't': a target of {target} tokens, and 4 to spare, leaves no room"):
+        say_cut(tokenizer, [task], "test", target + EXTRA_TOKENS)

@@ -1,0 +1,154 @@
+"""Accuracy per task, with intervals: the command behind python -m tinylora_mtl.evaluate"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from ..batching import encode_prompt, encode_target
+from ..config import TrainConfig
+from ..data.tasks import check_labels, load_tasks, require_samples, with_shots
+from ..evaluate import EXTRA_TOKENS, accuracy, choose_answers, generate_answers, is_right
+from ..evaluate import __doc__ as description
+from .adapter_files import load_adapter
+from .cli import Parser, run_command, whole
+from .distributed import merge, process_rank, world_size
+from .models import load_model, pick_length
+from .settings import read_config
+
+
+def task_answers(model, tokenizer, task, split, max_length, score):
+    """The model's answers to a split of a task, a list of str."""
+    samples = getattr(task, split)
+    if score == "generate":
+        return generate_answers(model, tokenizer, samples, max_length)
+    return choose_answers(model, tokenizer, samples, task.labels, max_length)
+
+
+def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="generate"):
+    """Share of a split's samples answered right, 0 to 1."""
+    return accuracy(task_answers(model, tokenizer, task, split, max_length, score), getattr(task, split))
+
+
+def accuracies(model, tokenizer, tasks, split="test", max_length=512, score="generate"):
+    """{task name: accuracy, 0 to 1} on a split of each task. Several processes share the tasks."""
+    scores = merge({task.name: task_accuracy(model, tokenizer, task, split, max_length, score)
+                    for task in tasks[process_rank()::world_size()]})
+    return {task.name: scores[task.name] for task in tasks}
+
+
+def average(values):
+    """The mean of a dict's values, every task counting the same."""
+    return sum(values.values()) / len(values)
+
+
+def interval(accuracy, count):
+    """The 95 % interval [low, high] of an accuracy measured on `count` samples: Wilson's score (JASA 1927).
+
+    It tells how far chance in drawing the test samples reaches, not how runs with other seeds differ.
+    """
+    z = 1.96
+    center = (accuracy + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(accuracy * (1 - accuracy) / count + z * z / (4 * count * count))
+    return [max(0.0, center - reach), min(1.0, center + reach)]
+
+
+def average_interval(values, counts):
+    """The 95 % interval of `average`: the tasks' own intervals, which are independent, added in squares.
+
+    Source: Zou and Donner, Statistics in Medicine 2008 (the method of variance estimates recovery)."""
+    limits = [(value, *interval(value, counts[name])) for name, value in values.items()]
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in limits)) / len(values)
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in limits)) / len(values)
+    return [max(0.0, average(values) - below), min(1.0, average(values) + above)]
+
+
+def table(columns, counts):
+    """Lines of a table: a row for each task and one for the average, in percent with 95 % intervals, and the samples.
+
+    columns: {heading: {task: accuracy}}; counts: {task: number of samples}. Long task names are cut to fit 80 columns.
+    """
+    width = min(max(len(name) for name in [*counts, "average"]), 73 - 16 * len(columns))
+
+    def row(name, cells, count):
+        name = name if len(name) <= width else f"{name[:width - 13]}…{name[-12:]}"  # names often differ at the end
+        return f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"{count:>7}"
+
+    def cell(value, limits):
+        return f"{100 * value:.1f} ({100 * limits[0]:.0f}-{100 * limits[1]:.0f})"
+
+    lines = [row("", columns, "n")]
+    lines += [row(name, [cell(column[name], interval(column[name], counts[name])) for column in columns.values()],
+                  counts[name]) for name in counts]
+    lines += [row("average", [cell(average(column), average_interval(column, counts)) for column in columns.values()],
+                  sum(counts.values()))]
+    return "\n".join(lines)
+
+
+def say_cut(tokenizer, tasks, split, max_length):
+    """Print how many prompts of a split are too long for `max_length`, answer included, so that they are cut.
+
+    Raises ValueError for a target that leaves no room for its prompt.
+    """
+    samples, cut = [(task.name, *sample) for task in tasks for sample in getattr(task, split)], 0
+    for name, prompt, target in samples:
+        new_tokens = len(encode_target(tokenizer, target)) + EXTRA_TOKENS
+        if new_tokens >= max_length:
+            raise ValueError(f"task {name!r}: a target of {new_tokens - EXTRA_TOKENS} tokens, and {EXTRA_TOKENS} to "
+                             f"spare, leaves no room for its prompt in --max-length {max_length}: {target[:40]!r}")
+        if len(prompt.encode()) + 8 > max_length - new_tokens:  # a token is a byte at least; most need no closer look
+            cut += len(encode_prompt(tokenizer, prompt, 10 ** 9)) > max_length - new_tokens
+    if cut:
+        print(f"{cut} of {len(samples)} {split} prompts are too long for --max-length {max_length}: "
+              "their beginning is cut")
+
+
+def show(model, tokenizer, task, split, count, max_length, score):
+    """Print the first `count` samples of a task: the prompt, the model's answer, the right one."""
+    task = replace(task, **{split: getattr(task, split)[:count]})
+    answers = task_answers(model, tokenizer, task, split, max_length, score)
+    for (prompt, target), answer in zip(getattr(task, split), answers):
+        mark = "right" if is_right(answer, target) else "wrong"
+        print(f"\n[{task.name}] {prompt}\n  {mark}: the model says {answer!r}, the answer is {target!r}")
+
+
+def command(argv=None):
+    """Score a model, or a model with an adapter, on tasks; returns {task name: accuracy}."""
+    parser = Parser("evaluate", description)
+    parser.add_argument("--run", type=Path, help="a run folder of train: its adapter, model and settings are used")
+    parser.add_argument("--adapter", type=Path, help="an adapter folder, for use without --run")
+    parser.add_argument("--model", help="mini, a folder, or a Hub name (default: the run's model, or mini)")
+    parser.add_argument("--tasks", nargs="+", help="names or paths of tasks (default: the run's tasks, or mini)")
+    parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's; test)")
+    parser.add_argument("--score", choices=["generate", "choose"], help="how (default: as in the run, or generate)")
+    parser.add_argument("--shots", type=whole(0), default=0, metavar="N", help="solved samples before each prompt")
+    parser.add_argument("--show", type=whole(0), default=0, metavar="N", help="print N prompts a task, with answers")
+    parser.add_argument("--max-length", type=whole(1), help="prompts are cut from the left to this many tokens, answer "
+                                                            "included (default: the run's; 512, or what the model has)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
+    args = parser.parse_args(argv)
+
+    run = read_config(args.run, finished=not args.adapter) if args.run else TrainConfig()
+    split, score = args.split or run.split, args.score or run.score
+    tasks = load_tasks(args.tasks or run.tasks)
+    require_samples(tasks, split)
+    check_labels(tasks, score)
+    if args.shots:
+        tasks = [with_shots(task, split, args.shots) for task in tasks]
+    model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
+    max_length = pick_length(model, args.max_length or run.max_length)
+    say_cut(tokenizer, tasks, split, max_length)
+    folder = args.adapter or (args.run / "adapter" if args.run else None)
+    if folder:
+        load_adapter(model, folder)
+    scores = accuracies(model, tokenizer, tasks, split, max_length, score)
+    for task in tasks if args.show else []:
+        show(model, tokenizer, task, split, args.show, max_length, score)
+    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}))
+    print(f"{split} accuracy in percent, with its 95 % interval over the n samples; scored by {score}")
+    return scores
+
+
+def main():
+    """python -m tinylora_mtl.evaluate"""
+    run_command(command)
