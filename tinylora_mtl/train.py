@@ -90,7 +90,7 @@ def cosine_schedule(optimizer, warmup, steps):
     """The learning rate rises linearly for `warmup` steps, then falls as half a cosine to 0 after the last of `steps`."""
     def share(step):  # of the peak, for the steps 0, 1, 2, …
         if step < warmup:
-            return step / warmup
+            return (step + 1) / (warmup + 1)  # above 0 from the first step on
         return 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 

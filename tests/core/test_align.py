@@ -127,7 +127,8 @@ def test_features_are_A_x_of_every_adapted_layer(batch):
         torch.testing.assert_close(z, inputs[name] @ model.get_submodule(name).lora_A.weight.T)
 
 
-@pytest.mark.parametrize("method,part,width", [("rlora", "router", 5), ("rlora", "lora_A", 3), ("mlora", "router", None)])
+@pytest.mark.parametrize("method,part,width", [("rlora", "router", 5), ("rlora", "lora_A", 3),
+                                               ("mlora", "router", None)])
 def test_routers_can_be_collected_and_nothing_is_after_the_block(batch, method, part, width):
     model = adapted(method)
     with collect_features(model, part) as features:

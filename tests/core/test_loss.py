@@ -47,12 +47,13 @@ def test_a_batch_without_labels_is_refused(llama):
 
 
 def test_gpt2s_positions_do_not_count_the_padding():
-    from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
     row = ([5, 6, 7, 8], [-100, -100, 7, 8])
     alone, beside = collate([row], [0], 0), collate([row, ([9] * 9, [-100] * 9)], [0, 1], 0)
     torch.testing.assert_close(label_loss(model, alone), label_loss(model, beside))
+    logits = model(alone["input_ids"]).logits[0, 1:3]  # its positions are absolute, and begin at 0
+    torch.testing.assert_close(label_loss(model, alone), F.cross_entropy(logits, torch.tensor([7, 8])))
 
 
 def test_the_parts_of_a_batch_add_up_to_it(llama, batch):

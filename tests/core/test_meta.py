@@ -107,7 +107,7 @@ def test_logged_losses_are_those_before_each_inner_step_and_of_the_query():
     meta_gradients(model, EPISODES, 0.5, 3, losses)
     assert len(losses) == len(EPISODES)
     for (support, query), (*support_losses, query_loss) in zip(EPISODES, losses):
-        for inner_steps, before in enumerate(support_losses):  # before the first step at θ, before the next one after it
+        for inner_steps, before in enumerate(support_losses):  # that were taken before
             with adapted_to(model, support, 0.5, inner_steps):
                 assert before.item() == pytest.approx(label_loss(model, support).item())
         with adapted_to(model, support, 0.5, 3) as yielded:
@@ -120,7 +120,8 @@ def test_logged_losses_are_those_before_each_inner_step_and_of_the_query():
 
 
 def test_the_inner_step_is_plain_gradient_descent():
-    parameters, gradients = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([0.5, -1.0]), torch.tensor([[2.0]])]
+    parameters = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    gradients = [torch.tensor([0.5, -1.0]), torch.tensor([[2.0]])]
     inner_step(parameters, gradients, 0.1)
     torch.testing.assert_close(parameters, [torch.tensor([0.95, 2.1]), torch.tensor([[2.8]])])
 

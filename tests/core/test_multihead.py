@@ -207,7 +207,7 @@ def test_zero_heads_become_near_copies():
 
 
 def test_router_sees_x_without_dropout_and_weighs_in_float32():
-    layer = MultiHeadLoRALinear(nn.Linear(5, 6).to(torch.bfloat16), **RLORA)
+    layer = MultiHeadLoRALinear(nn.Linear(5, 6).to(torch.bfloat16), **RLORA, dropout=0.5)
     seen = []
     layer.router.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     x = torch.randn(7, 5).to(torch.bfloat16)

@@ -59,7 +59,7 @@ def trained(config, batches, **options):
 def share(step, warmup, steps):
     """The share of the peak rate in the step that comes after `step` others."""
     if step < warmup:
-        return step / warmup
+        return (step + 1) / (warmup + 1)  # never 0: no step is lost
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
@@ -138,7 +138,8 @@ def test_the_loop_is_the_one_written_out(method):
     values, metrics = trained(config, batches)
     expected, log = written_out(config, batches)
     assert [step for step, _ in metrics] == [1, 2, 3, 4, 5, 6]
-    assert [float(numbers["gradient_norm"]) for _, numbers in metrics] == pytest.approx([norm for norm, _ in log], rel=1e-3)
+    norms = [float(numbers["gradient_norm"]) for _, numbers in metrics]
+    assert norms == pytest.approx([norm for norm, _ in log], rel=1e-3)
     assert [numbers["lr"] for _, numbers in metrics] == pytest.approx([rate for _, rate in log])
     assert min(norm for norm, _ in log) < config.clip < max(norm for norm, _ in log)  # some are clipped, some are not
     start = values_of(adapted(config))
@@ -220,7 +221,8 @@ def test_aligns_gradient_is_that_of_both_losses(batch):
     metrics = align_gradients(model, batch, config)
     loss, alignment = kl_loss(model, batch)
     expected = torch.autograd.grad(loss + 0.7 * alignment, list(adapter_parameters(model).values()))
-    torch.testing.assert_close([p.grad for p in adapter_parameters(model).values()], list(expected), atol=1e-6, rtol=1e-4)
+    found = [parameter.grad for parameter in adapter_parameters(model).values()]
+    torch.testing.assert_close(found, list(expected), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(metrics, {"loss": loss.detach(), "alignment": alignment.detach()})
     assert not any(number.requires_grad for number in metrics.values())
 
@@ -263,8 +265,9 @@ def test_the_gradients_of_the_parts_of_a_batch_add_up(batch):
     whole, parts = adapted(config), adapted(config)
     loss = lora_gradients(whole, batch, config)["loss"]
     count = (batch["labels"] != -100).sum()
-    losses = [lora_gradients(parts, {key: tensor[rows] for key, tensor in batch.items()} | {"label_count": count}, config)
-              ["loss"] for rows in ([3], [0, 4], [1, 2, 5])]
+    batches = [{key: tensor[rows] for key, tensor in batch.items()} | {"label_count": count}
+               for rows in ([3], [0, 4], [1, 2, 5])]
+    losses = [lora_gradients(parts, part, config)["loss"] for part in batches]
     torch.testing.assert_close(sum(losses), loss)
     torch.testing.assert_close([p.grad for p in adapter_parameters(parts).values()],
                                [p.grad for p in adapter_parameters(whole).values()], atol=1e-6, rtol=1e-4)

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import SETTINGS, TINY, Killed, at_step, flags_of, kill, outcome, run, start, stopped_run
 
-from tinylora_mtl.run import checkpoint, loop, training
+from tinylora_mtl.run import checkpoint, loop, scoring, training
 from tinylora_mtl.run.checkpoint import list_checkpoints, load_checkpoint
 from tinylora_mtl.run.cli import Stopped, run_command
 from tinylora_mtl.run.folder import locked
@@ -205,6 +205,26 @@ def test_an_old_run_leaves_nothing_to_a_new_one(tmp_path, few):
     results = training.resume(tmp_path)
     run(tmp_path / "fresh", seed=1, **SETTINGS)
     assert outcome(tmp_path) == outcome(tmp_path / "fresh") and results["seed"] == 1
+
+
+def test_a_run_of_version_0_1_can_be_evaluated_but_not_gone_on_with(tmp_path, few):
+    """Its config.json and its checkpoints have no format number."""
+    stopped_run(tmp_path / "run", 5)
+    content = load_checkpoint(tmp_path / "run")
+    assert content.pop("format") == checkpoint.FORMAT == 2
+    checkpoint.save_checkpoint(tmp_path / "run", content)
+    with pytest.raises(ValueError, match="newest checkpoint is of another version .*format 1, here it is 2.*start it anew"):
+        training.resume(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config.pop("format") == 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the run in .* is of another version"):
+        training.resume(tmp_path / "run")
+    results = run(tmp_path / "done", **SETTINGS)
+    (tmp_path / "done" / "config.json").write_text(json.dumps(config))
+    assert training.resume(tmp_path / "done") == results  # nothing is left to do
+    scores = scoring.command(["--run", str(tmp_path / "done"), "--device", "cpu"])
+    assert set(scores) == set(results["after"])
 
 
 # ------------------------------------------------------------------------------------------------------ settings

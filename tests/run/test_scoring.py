@@ -50,7 +50,8 @@ def test_accuracy_counts_every_sample():
 
 def test_table_fits_in_80_columns():
     long = "tracking_shuffled_objects"
-    columns = {"before": {long: 0.5, "b": 0.0}, "after": {long: 0.25, "b": 1.0}, "after adapting": {long: 1.0, "b": 1.0}}
+    columns = {"before": {long: 0.5, "b": 0.0}, "after": {long: 0.25, "b": 1.0},
+               "after adapting": {long: 1.0, "b": 1.0}}
     lines = table(columns, {long: 100, "b": 50}).splitlines()
     assert lines[1].split() == [long, "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
                                 "100"]
@@ -103,13 +104,14 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
 def test_prompts_that_are_cut_are_counted_and_told(capsys):
     model, tokenizer, _ = load_model("mini", "cpu")
     task = load_tasks(["navigate"])[0]
-    room = 30 - (len(encode_target(tokenizer, "Yes")) + EXTRA_TOKENS)  # of --max-length: the answer and four tokens to spare
+    room = 30 - (len(encode_target(tokenizer, "Yes")) + EXTRA_TOKENS)  # of --max-length 30
     assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {30 - 4 - room}
     long = sum(len(tokenizer(prompt)["input_ids"]) > room for prompt, _ in task.validation)
     assert 0 < long < len(task.validation)
     flags = ["--tasks", "navigate", "--split", "validation", "--score", "choose"]
     scoring.command([*flags, "--max-length", "30"])
-    told = f"{long} of {len(task.validation)} validation prompts are too long for --max-length 30: their beginning is cut"
+    told = (f"{long} of {len(task.validation)} validation prompts are too long for --max-length 30: "
+            "their beginning is cut")
     assert told in capsys.readouterr().out.splitlines()
     scoring.command(flags)
     assert "too long" not in capsys.readouterr().out

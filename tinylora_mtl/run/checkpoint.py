@@ -17,6 +17,10 @@ from .distributed import gather, process_rank
 from .files import write_file
 
 
+# Of config.json and of checkpoints. Runs of version 0.1 have none: their first step had a learning rate of 0.
+FORMAT = 2
+
+
 @dataclass
 class Progress:
     """What a run remembers beside its TrainState."""
@@ -25,6 +29,13 @@ class Progress:
     skipped_steps: int = 0  # that were passed over, over all lives of the run
     metrics_bytes: int = 0  # of metrics.jsonl, when the last checkpoint was made
     seconds: float = 0.0  # that the run had taken by then
+
+
+def check_format(content, what):
+    """ValueError if what a config.json or a checkpoint holds is not of this version's format."""
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{what} is of another version of this package (format {content.get('format', 1)}, here it is "
+                         f"{FORMAT}), whose learning rates were others: finish the run with that version, or start it anew")
 
 
 def list_checkpoints(folder):
@@ -73,7 +84,7 @@ def capture(state, progress):
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
     random, *others = gather(random)
-    return {"step": state.step, "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
+    return {"format": FORMAT, "step": state.step, "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
             "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(),
             "batches": state.batches.state_dict(), "random": random, "random_of_others": others} | asdict(progress)
 
@@ -90,6 +101,7 @@ def restore(content, state):
         random = [content["random"], *content["random_of_others"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the newest checkpoint is no checkpoint of a run: {error} is missing") from error
+    check_format(content, "the newest checkpoint")
     if shapes != {name: parameter.shape for name, parameter in state.parameters.items()}:
         raise ValueError("the checkpoint is of another run: its adapter has other layers or shapes")
     for name, parameter in state.parameters.items():

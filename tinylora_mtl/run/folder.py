@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with torch and with huggingface_hub
 
-from .checkpoint import list_checkpoints
+from .checkpoint import FORMAT, list_checkpoints
 from .cli import Stopped
 from .distributed import gather, process_rank
 from .files import make_folder, write_json
@@ -40,7 +40,7 @@ def open_run(config, resuming):
             if not resuming:
                 clear(folder)
             if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
-                write_json(folder / "config.json", asdict(config))
+                write_json(folder / "config.json", {"format": FORMAT} | asdict(config))
             gather(folder)
             yield folder
         except OSError as error:

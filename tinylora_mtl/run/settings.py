@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..data.tasks import check_labels, is_path, require_samples
+from .checkpoint import check_format
 from .distributed import world_size
 from .files import read_json
 
@@ -110,6 +111,7 @@ def read_config(folder, finished=False):
     if not file.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.json")
     content = read_json(file)
+    content.pop("format", None)  # an older run can be evaluated, but not gone on with
     unknown = [name for name in content if name not in TrainConfig.__dataclass_fields__]
     if unknown:
         raise ValueError(f"{file} has a setting that this version does not know: {unknown[0]!r:.60}")
@@ -130,6 +132,8 @@ def resume_config(folder, **changes):
     Raises ValueError, naming the flag, for a change that would make it another run.
     """
     config = replace(read_config(folder), out=str(folder), overwrite=False)
+    if not (Path(folder) / "results.json").is_file():  # else nothing is left to do
+        check_format(read_json(Path(folder) / "config.json"), f"the run in {folder}")
     for name, value in changes.items():
         had = getattr(config, name)
         value, had = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, had)]
