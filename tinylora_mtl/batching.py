@@ -12,7 +12,7 @@ def encode(tokenizer, sample, max_length=512):
     """(input_ids, labels), two lists of one length: prompt and target, with labels on the target only.
 
     The prompt is cut from the left where both together would pass `max_length`; the target never is. Raises
-    ValueError for an empty prompt or target, and for a target that leaves no room for its prompt.
+    ValueError for a prompt without tokens, an empty target, and a target that leaves no room for its prompt.
     """
     prompt, target = sample
     answer = encode_target(tokenizer, target)
@@ -65,10 +65,13 @@ class BalancedBatches:
     a task, not of the whole. Length plays no part in the draw: batches of short samples and batches of long ones would
     pull the adapter to and fro (on the embedded tasks that cost LoRA 1.5 points; 9 seeds, 95 % interval 0.4 to 2.7).
 
-    tasks: objects with a `train` list of (prompt, target); raises ValueError as `encode` does.
+    tasks: objects with a `train` list of (prompt, target). Raises ValueError for a batch that cannot hold every task, and
+    as `encode` does.
     """
 
     def __init__(self, tasks, tokenizer, batch_size, max_length=512, seed=0):
+        if batch_size < len(tasks):
+            raise ValueError(f"a batch of {batch_size} samples cannot hold {len(tasks)} tasks")
         self.rows = [[encode(tokenizer, sample, max_length) for sample in task.train] for task in tasks]
         self.pad_id, self.each = tokenizer.pad_token_id, batch_size // len(tasks)
         self.rng = random.Random(seed)
@@ -106,11 +109,13 @@ class BalancedBatches:
 class Episodes(BalancedBatches):
     """MeTA-LoRA's rounds: lists of (support batch, query batch), one for each of `tasks_per_round` sampled tasks.
 
-    A task's support and query set have no sample in common.
+    A task's support and query set have no sample in common; ValueError for a task with too few samples for both.
     """
 
     def __init__(self, tasks, tokenizer, tasks_per_round, support, query, max_length=512, seed=0):
-        super().__init__(tasks, tokenizer, 0, max_length, seed)
+        super().__init__(tasks, tokenizer, len(tasks), max_length, seed)
+        if min(map(len, self.rows)) < support + query:
+            raise ValueError(f"a task has fewer than {support} + {query} samples, for support and query")
         self.tasks_per_round, self.support, self.query = min(tasks_per_round, len(tasks)), support, query
 
     def __next__(self):

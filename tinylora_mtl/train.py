@@ -20,7 +20,8 @@ from .meta import meta_gradients
 class TrainState:
     """All that changes while a run trains. Whoever saves it, and puts it back, goes on with the run.
 
-    batches: an iterator of batches (of rounds, for MeTA-LoRA); parameters: {name: Parameter} to train, None: adapters.
+    batches: an endless iterator of batches (of rounds, for MeTA-LoRA); parameters: {name: Parameter} to train, None: the
+    adapters'.
     """
 
     def __init__(self, model, batches, config, parameters=None):

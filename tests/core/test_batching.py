@@ -188,3 +188,12 @@ def test_prompts_are_cut_to_the_length_that_is_asked_for():
         batch = next(batches)
         batch = batch if isinstance(batch, dict) else batch[0][0]
         assert batch["input_ids"].shape[1] == 4
+
+
+def test_batches_that_cannot_be_are_refused():
+    tasks = [task("a", 5), task("b", 9, "r")]
+    with pytest.raises(ValueError, match="a batch of 1 samples cannot hold 2 tasks"):
+        BalancedBatches(tasks, Letters(), 1)
+    with pytest.raises(ValueError, match="fewer than 3 . 3 samples"):
+        Episodes(tasks, Letters(), 2, 3, 3)
+    assert len(next(Episodes(tasks, Letters(), 2, 3, 2))) == 2

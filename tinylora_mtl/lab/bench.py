@@ -1,8 +1,9 @@
 """How fast is it? python -m tinylora_mtl.lab.bench --model path/to/a/model --out runs/bench.json
 
 Every figure is a ratio: what something costs against the same work done in another way, or against a method that it
-adds to; ROWS is the list. Times are taken by turns in one process, memory in fresh processes (`cost.py`); a ratio is
-the median of the paired ratios, with their quartiles. Let nothing else compute while it runs.
+adds to. ROWS is the list; the functions above it make the two sides of each, from the TrainConfig of a LoRA run. Times
+are taken by turns in one process, memory in fresh processes (`cost.py`); a ratio is the median of the paired ratios,
+with their quartiles. Let nothing else compute while it runs.
 """
 
 import io
@@ -53,6 +54,7 @@ def peft_model(config, names, dropout):
 
 
 def step_and_peft(config, dropout):
+    """A training step through our LoRA layers, and one through PEFT's."""
     config, model, batches = begin_run(replace(config, dropout=dropout))
     theirs = peft_model(config, list(find_adapters(model)), dropout).base_model.model  # inside, as our loop takes it
     drawn = some_batches(batches)
@@ -80,10 +82,12 @@ def layer_and_loop(config, shape, heads):
     device = models.pick_device(config.device)
     layer = MultiHeadLoRALinear(torch.nn.Linear(*shape, device=device), config.rank, config.alpha, heads,
                                 head_dropout=0.1, random_init=True, rank_stabilized=True)
-    x, upstream = torch.randn(LAYER_TOKENS, sum(shape), device=device).split(shape, dim=1)
+    x, upstream = (torch.randn(LAYER_TOKENS, width, device=device) for width in shape)
     inputs = [x.requires_grad_(), *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    return [partial(lambda form: torch.autograd.grad(form(x), inputs, upstream), form)
-            for form in (layer, partial(loop_over_heads, layer))]
+
+    def gradients(form):
+        return torch.autograd.grad(form(x), inputs, upstream)
+    return partial(gradients, layer), partial(gradients, partial(loop_over_heads, layer))
 
 
 def loop_over_heads(layer, x):
@@ -98,8 +102,10 @@ def two_alignments(config, ours, theirs):
     """The alignment loss and its gradient, for two numbers of tasks among the same tokens."""
     layers = len(target_names(base_model(config)[0], resolve(config).targets))
     z = torch.randn(LOSS_TOKENS, layers, config.rank, device=models.pick_device(config.device), requires_grad=True)
-    return [partial(lambda owner: torch.autograd.grad(alignment(z, owner, "kl"), z), torch.arange(LOSS_TOKENS) % tasks)
-            for tasks in (ours, theirs)]
+
+    def gradient(owner):
+        return torch.autograd.grad(alignment(z, owner, "kl"), z)
+    return [partial(gradient, torch.arange(LOSS_TOKENS) % tasks) for tasks in (ours, theirs)]
 
 
 def round_and_steps(lora):

@@ -1,8 +1,5 @@
 """What the papers claim, as data: the variants that are compared, the comparisons and the rules.
 
-All that decides a claim was written before any run, but for two corrections; chapter 7 of the walkthrough tells of
-them, and of five comparisons that were added later.
-
 A claim is a sentence and some comparisons. A comparison is a quantity, two groups of runs (a run for each seed) and the
 direction that is claimed. Its verdict comes from the differences between the two runs of each seed, by one rule:
 
@@ -16,11 +13,10 @@ soon as one of them does not. The others are shown beside them: controls, ablati
 
 Intervals are not corrected for their number (no Holm). "All must hold" needs no correction. But each of the deciding
 comparisons may be wrong in one case of 40, so "one does not hold" may be wrong in up to as many of 40 cases as there
-are comparisons: claim 6 has 16. And whoever reads the many comparisons that decide nothing should expect one in twenty
-of those without any difference to exclude 0.
+are comparisons: claim 6 has 16. And of the comparisons that decide nothing, one in twenty of those without any
+difference excludes 0.
 
-An interval is about other seeds of the same comparison (of claim 3: other measurements). The test samples are the same
-for every seed, and the learning rates come from one search: others may move a difference further.
+An interval is about other seeds (of claim 3: other measurements). Test samples and learning rates are the same for all.
 """
 
 from dataclasses import dataclass

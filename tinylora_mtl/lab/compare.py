@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..config import TrainConfig, resolve
 from ..data.tasks import load_tasks
 from ..run import cli, files, scoring, settings, training
+from ..run.checkpoint import check_format
 from ..run.folder import locked
 from .claims import COSTS, MOST_SEEDS
 from .cost import compare_costs
@@ -79,7 +80,9 @@ def carry_out(plan, run, lr, stop):
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
                 if (folder / "config.json").is_file():
-                    refuse_another(folder, files.read_json(folder / "config.json"), config)
+                    had = files.read_json(folder / "config.json")
+                    check_format(had, f"the run in {folder}")
+                    refuse_another(folder, had, config)
                     config_on = settings.resume_config(folder, device=config.device)
                     results = training.run(config_on, resuming=True, stop=stop)
                 else:

@@ -84,7 +84,8 @@ def capture(state, progress):
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
     random, *others = gather(random)
-    return {"format": FORMAT, "step": state.step, "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
+    return {"format": FORMAT, "step": state.step,
+            "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
             "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(),
             "batches": state.batches.state_dict(), "random": random, "random_of_others": others} | asdict(progress)
 
