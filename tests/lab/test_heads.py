@@ -169,7 +169,7 @@ def test_pictures(trained, short):
 @pytest.mark.parametrize("name", ["bench", "compare", "heads", "report"])
 def test_what_is_a_command_ends_as_one(name):
     lines = (Path(heads.__file__).parent / f"{name}.py").read_text().splitlines()
-    assert lines[-2] == 'if __name__ == "__main__":' and lines[-1].strip() in ("run_command(main)", "cli.run_command(main)")
+    assert lines[-2:] == ['if __name__ == "__main__":', "    cli.run_command(main)"]
 
 
 def test_a_run_that_is_not_finished_is_one_line(tmp_path, trained, capsys):
