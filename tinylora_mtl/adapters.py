@@ -15,7 +15,7 @@ import torch
 from .lora import LoRALinear, is_linear
 from .multihead import MultiHeadLoRALinear
 
-# What sets the layers apart (`multihead.py` has the table). "dropout": of z = A x with "random_init", else of x.
+# What sets the layers apart (`multihead.py` has the table). "dropout": of z = A x for rlora and mlora, else of x.
 LAYERS = {
     "lora": {"rank_stabilized": False, "dropout": 0.0},
     "hydralora": {"rank_stabilized": False, "dropout": 0.0, "random_init": False, "routed": True},
@@ -72,7 +72,7 @@ def make_adapter(base, config):
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if config.method == "lora":
         return LoRALinear(base, config.rank, config.alpha, dropout, stabilized)
-    on_x, on_z = (0.0, dropout) if method["random_init"] else (dropout, 0.0)
+    on_x, on_z = (0.0, dropout) if config.method in ("rlora", "mlora") else (dropout, 0.0)
     random_init = method["random_init"] if config.random_init is None else config.random_init
     return MultiHeadLoRALinear(base, config.rank, config.alpha, config.heads, on_x, on_z, random_init,
                                method["routed"], stabilized)

@@ -7,9 +7,9 @@ Changes from LoRA: the layers are the same; the loss becomes
 with x over the real tokens of the samples of task t in the step. D is a symmetric KL divergence between diagonal
 Gaussians (`kl_alignment`) or a maximum mean discrepancy (`mmd.py`).
 
-Source: "Align, Don't Divide", arXiv 2508.05078, equations 4 to 6. The paper does not say over what the statistics are
-taken; here it is all real tokens of a task, never padding, and tasks are told apart by `task_ids`. A x is taken as
-the layer computes it, that is after dropout on x.
+Source: "Align, Don't Divide", arXiv 2508.05078, equations 4 to 6, but that equation 5 sums over the pairs: the mean is
+its code's, and so is the default λ. The paper does not say over what the statistics are taken; here it is all real tokens
+of a task, never padding. A x is taken as the layer computes it, that is after dropout on x.
 """
 
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch
 from .loss import to_device
 from .mmd import mmd_alignment
 
-VARIANCE_FLOOR = 1e-5  # added to each variance, so that a feature which happens not to vary cannot divide by zero
+VARIANCE_EPS = 1e-5  # added to each variance, so that a feature which happens not to vary cannot divide by zero
 
 
 @contextmanager
@@ -77,17 +77,16 @@ def alignment(z, owner, kind):
 def kl_alignment(groups):
     """Mean symmetric KL divergence between the tasks' features, over all pairs of tasks, in O(T).
 
-    groups: one [n_t, r] tensor per task, n_t may differ -> a scalar. Each task is a diagonal Gaussian (μ_t, v_t);
-    D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. Of [n_t, layers, r] tensors the result is the mean over the
-    layers. A task with fewer than two tokens has no variance and is left out; with fewer than two tasks left, the
+    groups: one [n_t, r] or [n_t, layers, r] tensor per task, n_t may differ -> a scalar, the mean over the layers. Each
+    task is a diagonal Gaussian (μ_t, v_t); D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer than two tokens has no variance and is left out; with fewer than two tasks left, the
     result is 0 (and still has a gradient, which is 0). Raises nothing. Source: arXiv 2508.05078, equations 4 to 6.
     """
     kept = [group.float() for group in groups if len(group) > 1]
     if len(kept) < 2:
         return sum((group.sum() for group in groups), torch.zeros(())) * 0.0
     mean = torch.stack([group.mean(0) for group in kept])  # [T, layers, r]
-    variance = torch.stack([group.var(0, correction=0) for group in kept]) + VARIANCE_FLOOR  # [T, layers, r]
-    pairs, layers = len(kept) * (len(kept) - 1) / 2, kept[0][0, ..., 0].numel()
+    variance = torch.stack([group.var(0, correction=0) for group in kept]) + VARIANCE_EPS  # [T, layers, r]
+    pairs, layers = len(kept) * (len(kept) - 1) / 2, kept[0][0, ..., 0].numel()  # 1 layer for [n_t, r]
     return kl_all_pairs(mean.flatten(1), variance.flatten(1)) / (pairs * layers)
 
 
@@ -98,9 +97,9 @@ def kl_all_pairs(mean, variance):
         Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
     which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled
     inside. Only differences of the μ count, so they may be taken from their mean first: large ones would lose their
-    digits, and M1 is then 0.
+    digits, and M1 is then 0. The features of several layers may stand side by side.
     """
-    mean = mean - mean.mean(0)
-    spread = variance.sum(0) * (1 / variance).sum(0) - len(mean) ** 2  # [r]
-    shift = ((mean.square().sum(0) + len(mean) * mean.square()) / variance).sum(0)  # [r]
+    count, mean = len(mean), mean - mean.mean(0)  # T, and μ with M1 = 0
+    spread = variance.sum(0) * (1 / variance).sum(0) - count ** 2  # (Σ v)(Σ 1/v) - T², [r]
+    shift = ((mean.square().sum(0) + count * mean.square()) / variance).sum(0)  # Σ_j (M2 + T μ_j²) / v_j, [r]
     return (spread + shift).sum() / 4

@@ -75,7 +75,10 @@ class TrainConfig:
 
 
 def resolve(config):
-    """The config with every default that depends on the method or the model in its place."""
+    """The config with every default that depends on the method or the model in its place; ValueError for an unknown one."""
+    if config.method not in METHODS or config.align not in ALIGN_WEIGHT:
+        raise ValueError(f"method {config.method!r} must be one of {', '.join(METHODS)}, and align {config.align!r} one of "
+                         f"{', '.join(ALIGN_WEIGHT)}")
     mini = config.model == "mini"
     defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
                 "samples": 50 if config.method == "meta" else None, "targets": ("all-linear",) if mini else None}

@@ -27,13 +27,14 @@ def label_loss(model, batch):
 def label_logits(model, batch):
     """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first one with a label.
 
-    Both are on the model's device. Logits are computed for those columns only: the prompts' ones, most of them, would
-    be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go unnoticed).
+    Both are on the model's device. Logits are computed for those columns only, where the model can: the prompts' ones,
+    most of them, would be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go
+    unnoticed).
     """
-    labelled = (batch["labels"] != NO_LABEL).any(0).nonzero()  # [columns, 1]
+    labelled = (batch["labels"][:, 1:] != NO_LABEL).any(0).nonzero()  # [columns, 1]; nothing predicts column 0
     if len(labelled) == 0:
         raise ValueError("no label is left in the batch: every target was cut away or masked")
-    k = batch["labels"].shape[1] - max(int(labelled[0]), 1)  # nothing predicts column 0
+    k = batch["labels"].shape[1] - 1 - int(labelled[0])
     device = next(model.parameters()).device
     ids, mask, labels = (to_device(batch[key], device) for key in ("input_ids", "attention_mask", "labels"))
     logits = forward(model, ids, mask, k + 1).logits  # [batch, k + 1, vocabulary]

@@ -27,12 +27,12 @@ def mmd_alignment(groups):
         return sum((group.sum() for group in groups), torch.zeros(())) * 0.0
     z = torch.cat(kept)  # [n, r] or [n, layers, r], n over all tasks
     a, b = torch.triu_indices(len(z), len(z), 1, device=z.device)  # every pair of tokens once, in pdist's order
-    weights = pair_weights([len(group) for group in kept], a, b)  # [pairs]
+    weights = pair_weights([len(group) for group in kept], a, b)  # [token pairs]
     total = 0.0
     for layer in z.view(len(z), -1, z.shape[-1]).unbind(1):  # [n, r]
         # `pdist` is five times as fast as taking differences, but Apple's GPUs do not have it
         squared = (layer[a] - layer[b]).square().sum(-1) if z.device.type == "mps" else torch.pdist(layer).square()
-        total = total + weights @ GaussianKernels.apply(squared)  # squared [pairs]
+        total = total + weights @ GaussianKernels.apply(squared)  # squared [token pairs]
     return total / z[0, ..., 0].numel()  # the mean of the layers
 
 
@@ -42,7 +42,7 @@ def subset(group):
 
 
 def pair_weights(sizes, a, b):
-    """How much the kernel of tokens a and b, [pairs] both, counts in the mean of D over all pairs of tasks -> [pairs].
+    """How much the kernel of tokens a and b counts in the mean of D over all pairs of tasks; all [token pairs].
 
     Of T tasks, each is in T - 1 of the T (T-1) / 2 pairs, so mean D = 2/T Σ_t within_t - 4/(T (T-1)) Σ_{t<u} between_tu
     where within_t, a mean over a≠b, has each pair of the n_t tokens twice.
@@ -50,7 +50,8 @@ def pair_weights(sizes, a, b):
     count = torch.tensor(sizes)  # [T]
     task = to_device(torch.arange(len(sizes)).repeat_interleave(count), a.device)  # [n]
     count = to_device(count, a.device)
-    within, between = 2 / len(sizes) * 2 / (count * (count - 1)), 4 / (len(sizes) * (len(sizes) - 1))
+    within = 2 / len(sizes) * 2 / (count * (count - 1))  # [T]
+    between = 4 / (len(sizes) * (len(sizes) - 1))
     of_a, of_b = task[a], task[b]
     return torch.where(of_a == of_b, within[of_a], -between / (count[of_a] * count[of_b]))
 

@@ -1,8 +1,8 @@
 r"""Several heads on one A: HydraLoRA, R-LoRA and M-LoRA.
 
-Changes from LoRA: A is shared by N heads B_1 … B_N, and a router weighs the heads for every token.
+Changes from LoRA: A is shared by N heads B_1 … B_N, and a router, if there is one, weighs the heads for every token.
 
-    y = W x + b + s · Σ_i w_i(x) · B_i z_i           w = softmax(W_r x)
+    y = W x + b + s · Σ_i w_i(x) · B_i z_i           w = softmax(W_r x), of x without dropout; M-LoRA: w = 1
     z_i = A drop_i(x) (HydraLoRA) or drop_i(A x) (R-LoRA, M-LoRA); without dropout all are z = A x
 
 | method    | weights w | dropout                                    | start of A and B_i          | s           |
@@ -12,8 +12,8 @@ Changes from LoRA: A is shared by N heads B_1 … B_N, and a router weighs the h
 | M-LoRA    | all 1     | as R-LoRA                                  | as R-LoRA                   | alpha / √r  |
 
 Sources: HydraLoRA arXiv 2404.19245; R-LoRA arXiv 2502.15455, table 1 and figure 4; M-LoRA is the simplified
-multi-head adapter of "Align, Don't Divide", arXiv 2508.05078. Shapes as in `lora.py`, and heads [N, d_out, r],
-W_r [N, d_in], w [..., N].
+multi-head adapter of "Align, Don't Divide", arXiv 2508.05078, summed as in its section 3.1 (its 3.3 averages). Shapes
+as in `lora.py`, and heads [N, d_out, r], W_r [N, d_in], w [..., N].
 """
 
 import math
@@ -106,8 +106,8 @@ def random_start(A, heads, gamma=64):
         A ~ d_out^¼ / √γ · 𝒩(0, 1/d_in)        B_i ~ d_out^¼ / √γ · 𝒩(0, 1/d_out)        (variances)
 
     The paper then subtracts s · mean_i(B_i) A from the frozen W, so that training starts at the base model. Here the
-    mean is subtracted from the heads instead: since Σ w_i = 1 that is the same function at step 0 (without masks), W
-    stays untouched, and the adapter file is complete without it. A centred head has √(1 - 1/N) times the table's
+    mean is subtracted from the heads instead: with a router, since Σ w_i = 1, that is the same function at step 0
+    (without masks), W stays untouched, and the adapter file is complete without it. A centred head has √(1 - 1/N) times the table's
     standard deviation. The training is not quite the paper's: A's gradient comes through the mean of the heads, so but
     for the masks it is 0 in the first step, as LoRA's is, where the paper's is not. The heads cancel to rounding, which
     in bfloat16 is enough to turn an answer here and there.

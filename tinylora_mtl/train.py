@@ -2,8 +2,9 @@
 
 Without any flag: Align-LoRA on the embedded model and its eight tasks, on a CPU, without a network, in about a
 minute. The same command with --method lora, hydralora, rlora, mlora or meta trains the other methods.
-Read `train`, then the gradients function of a method. All around them (the command line, the log, checkpoints, several
-processes) is in `run/`, and can be passed by.
+Read `train`, then the gradients function of a method; the layers are in `lora.py` and `multihead.py`, and `adapters.py`
+puts them into a model. All around them (the command line, the log, checkpoints, steps passed over, accumulation,
+several processes) is in `run/`, and can be passed by.
 """
 
 import math
@@ -21,13 +22,15 @@ class TrainState:
     """All that changes while a run trains. Whoever saves it, and puts it back, goes on with the run.
 
     batches: an endless iterator of batches (of rounds, for MeTA-LoRA); parameters: {name: Parameter} to train, None: the
-    adapters'.
+    adapters'. Raises ValueError if there are none.
     """
 
     def __init__(self, model, batches, config, parameters=None):
         config = resolve(config)
         self.step, self.batches = 0, iter(batches)
         self.parameters = parameters or adapter_parameters(model)  # A and B, or A, the heads and the router
+        if not self.parameters:
+            raise ValueError("the model has no adapters to train; add_adapters puts them in")
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=0.0)
         self.schedule = cosine_schedule(self.optimizer, round(config.warmup * config.steps), config.steps)
 
@@ -36,9 +39,9 @@ def train(model, state, config, gradients=None):
     """Train from the step where `state` stands to the last; yields (step, metrics) after each one.
 
     A generator: logging, checkpoints and stopping are the caller's, between two steps. Called again with the same
-    state it goes on. gradients(model, batch, config) leaves a step's gradients in `.grad` and returns metrics; None:
-    the method's. Raises FloatingPointError, with nothing updated but the step's number, for a gradient that is not
-    finite.
+    state it goes on. gradients(model, batch, config) leaves a step's gradients in `.grad` and returns metrics; None: the
+    method's, of a whole batch at once. Raises FloatingPointError for a gradient that is not finite: then only the
+    step's number and the batches have moved on.
     """
     config = resolve(config)
     gradients = gradients or GRADIENTS[config.method]
@@ -58,7 +61,7 @@ def train(model, state, config, gradients=None):
 
 
 def lora_gradients(model, batch, config):
-    """L = L_task: LoRA, HydraLoRA, R-LoRA and M-LoRA, which differ in their layers only."""
+    """L = L_task: LoRA, HydraLoRA, R-LoRA and M-LoRA, which differ in their layers only (`multihead.py`)."""
     loss = label_loss(model, batch)
     loss.backward()
     return {"loss": loss.detach()}
@@ -74,7 +77,7 @@ def align_gradients(model, batch, config):
 
 
 def metalora_gradients(model, episodes, config):
-    """MeTA-LoRA: both stages of a round; the gradient is taken at each task's θ_i and left at θ."""
+    """MeTA-LoRA: both stages of a round; the gradient is taken at each task's θ_i and put into `.grad` of the shared θ."""
     losses = []  # a row for each task
     gradients = meta_gradients(model, episodes, config.inner_lr, config.inner_steps, losses)
     for name, parameter in adapter_parameters(model).items():

@@ -6,7 +6,7 @@ from conftest import make_batch, make_llama, randomize_adapters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora_mtl import AdapterConfig, adapter_parameters, add_adapters, kl_alignment, mmd_alignment
-from tinylora_mtl.align import VARIANCE_FLOOR, alignment, alignment_loss, collect_features, kl_all_pairs, real_tokens
+from tinylora_mtl.align import VARIANCE_EPS, alignment, alignment_loss, collect_features, kl_all_pairs, real_tokens
 from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.loss import label_loss
 from tinylora_mtl.train import align_gradients
@@ -20,7 +20,7 @@ def groups_of(sizes, r=4, seed=0, shift=0.0):
 
 def kl_by_pairs(groups):
     """The double loop over pairs, each KL from torch.distributions."""
-    normals = [torch.distributions.Normal(g.float().mean(0), (g.float().var(0, unbiased=False) + VARIANCE_FLOOR).sqrt())
+    normals = [torch.distributions.Normal(g.float().mean(0), (g.float().var(0, unbiased=False) + VARIANCE_EPS).sqrt())
                for g in groups]
     kl = torch.distributions.kl_divergence
     pairs = [(kl(p, q) + kl(q, p)).sum() / 2 for i, p in enumerate(normals) for q in normals[:i]]

@@ -306,3 +306,11 @@ def test_a_config_with_open_settings_is_filled_in():
     rates = [numbers["lr"] for _, numbers in train(model, state, config, gradients)]
     assert rates[0] == MINI_LR["align"] and seen == [0.2, 0.2]
     assert {group["weight_decay"] for group in state.optimizer.param_groups} == {0.0}
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ValueError, match="the model has no adapters to train"):
+        TrainState(make_llama(), itertools.repeat(make_batch()), TrainConfig(method="lora"))
+    for wrong in ({"method": "hydra"}, {"align": "cosine"}):
+        with pytest.raises(ValueError, match="must be one of lora, hydralora, .* one of kl, mmd"):
+            TrainState(make_llama(), itertools.repeat(make_batch()), TrainConfig(**wrong))

@@ -166,7 +166,7 @@ def test_pictures(trained, short):
             assert all(file.read_bytes().startswith(start) for file in files)
 
 
-@pytest.mark.parametrize("name", ["bench", "compare", "heads", "report"])
+@pytest.mark.parametrize("name", ["bench", "compare", "heads"])
 def test_what_is_a_command_ends_as_one(name):
     lines = (Path(heads.__file__).parent / f"{name}.py").read_text().splitlines()
     assert lines[-2:] == ['if __name__ == "__main__":', "    cli.run_command(main)"]

@@ -16,7 +16,6 @@ from tinylora_mtl.run.gradients import gradients_for
 from tinylora_mtl.run.models import compile_model, load_model
 from tinylora_mtl.config import METHODS, TrainConfig, adapter_config
 from tinylora_mtl.run.settings import check, resume_config
-from tinylora_mtl.data.tasks import load_tasks
 
 
 def round_of_three():

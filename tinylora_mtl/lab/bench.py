@@ -8,7 +8,6 @@ with their quartiles. Let nothing else compute while it runs.
 
 import io
 import itertools
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..adapters import add_adapters, find_adapters, remove_adapters
-from ..align import VARIANCE_FLOOR, collect_features, real_tokens
+from ..align import VARIANCE_EPS, collect_features, real_tokens
 from ..batching import collate, encode
 from ..config import adapter_config
 from ..data.tasks import load_tasks, require_samples
@@ -82,7 +82,7 @@ def of_each_task(features, statistic):
 def task_distances(features):
     """[layers, T, T]: the symmetric KL divergence of every pair of tasks; `kl_alignment` is its mean over pairs."""
     means = of_each_task(features, lambda z: z.mean(0))  # [layers, T, r]
-    variances = of_each_task(features, lambda z: z.var(0, correction=0) + VARIANCE_FLOOR)
+    variances = of_each_task(features, lambda z: z.var(0, correction=0) + VARIANCE_EPS)
     return torch.tensor([[[symmetric_kl(*one, *other) for other in zip(*layer)] for one in zip(*layer)]
                          for layer in zip(means, variances)])
 

@@ -1,20 +1,9 @@
-"""From the runs of a comparison to its verdicts, and from results.json to Markdown.
+"""From the runs of a comparison to its verdicts, and from results.json to Markdown."""
 
-python -m tinylora_mtl.lab.report README.md writes the published results (assets/results) into a document: whatever
-stands between <!-- mini: verdicts --> and <!-- end --> is made anew, so that no number there was ever typed; with
-<!-- mini+smollm2: verdicts --> both files stand side by side. And between <!-- source: lora.LoRALinear.forward --> and
-<!-- end --> stand the lines of that function, without its docstring.
-"""
-
-import ast
-import inspect
-import pkgutil
-import re
 import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..run import cli, files
 from .claims import UNITS, Group, few_of, joint_verdict, t_interval, verdict
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
@@ -156,42 +145,3 @@ TABLES = {"conditions": conditions_text, "verdicts": verdict_table, "comparisons
 def markdown(results):
     """What table.md holds, from results.json alone."""
     return "\n\n".join(table(results) for table in TABLES.values()) + "\n"
-
-
-def source(name):
-    """The lines of a function of this package, "module.function" or "module.Class.method", without its docstring."""
-    text = textwrap.dedent(inspect.getsource(pkgutil.resolve_name(f"tinylora_mtl.{name}")))
-    docstring, lines = ast.parse(text).body[0].body[0], text.splitlines()
-    return "\n".join(lines[:docstring.lineno - 1] + lines[docstring.end_lineno:])
-
-
-def filled(text):
-    """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew, from a file or source.
-
-    NAME is one of TABLES, or "2: accuracy: rlora - hydralora", the difference that claim 2 found; else ValueError.
-    """
-    def fill(found):
-        mark, file, name = found.groups()
-        if file == "source":
-            return f"{mark}\n```python\n{source(name)}\n```\n<!-- end -->"
-        results = [files.read_json(PUBLISHED / f"{part}.json") for part in file.split("+")]
-        if name in TABLES:
-            return f"{mark}\n{TABLES[name](*results)}\n<!-- end -->"
-        for claim in results[0]["claims"]:
-            for row in claim["comparisons"]:
-                if name == f"{claim['claim']}: {row['name']}":
-                    return f"{mark}{difference(row)}<!-- end -->"
-        raise ValueError(f"the results have no {name!r}")
-    return re.sub(r"(<!-- ([\w+]+): (.+?) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
-
-
-def main(argv=None):
-    """Fill documents in place."""
-    parser = cli.Parser("lab.report", __doc__)
-    parser.add_argument("documents", nargs="+", type=Path, help="Markdown files, for example README.md walkthrough.md")
-    for document in parser.parse_args(argv).documents:
-        files.write_file(document, filled(document.read_text(encoding="utf-8")).encode())
-
-
-if __name__ == "__main__":
-    cli.run_command(main)
