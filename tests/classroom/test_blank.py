@@ -83,6 +83,14 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--nonsense"]])
+def test_without_one_folder_nothing_is_made(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="one new folder is to be named"):
+        blank.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_fresh_handout_passes_nothing_and_the_filled_one_everything(handout, tmp_path):
     fresh = grade(handout, " or ".join(TAGS), tmp_path / "fresh.xml")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, run
+from conftest import run
 from safetensors.torch import load_file
 
-from tinylora_mtl import AdapterConfig, MultiHeadLoRALinear, add_adapters, adapter_parameters, kl_alignment
+from tinylora_mtl import adapter_parameters, kl_alignment
 from tinylora_mtl.adapters import find_adapters
 from tinylora_mtl.align import collect_features
 from tinylora_mtl.batching import encode
 from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.lab import heads
-from tinylora_mtl.multihead import cosines, head_cosines, mean_of_pairs
+from tinylora_mtl.multihead import mean_of_pairs
 from tinylora_mtl.run import training
 from tinylora_mtl.run.adapter_files import PREFIX
 from tinylora_mtl.run.cli import run_command
@@ -27,34 +27,6 @@ from tinylora_mtl.run.cli import run_command
 def cosine(a, b):
     a, b = a.flatten().tolist(), b.flatten().tolist()
     return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-
-def test_cosines_against_a_loop():
-    torch.manual_seed(0)
-    vectors = torch.randn(4, 6)
-    pairs = [cosine(vectors[i], vectors[j]) for i in range(4) for j in range(i)]
-    assert mean_of_pairs(cosines(vectors)).item() == pytest.approx(sum(pairs) / 6, abs=1e-6)
-    assert cosines(vectors)[1, 3].item() == pytest.approx(cosine(vectors[1], vectors[3]), abs=1e-6)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_random_heads_start_at_minus_one_over_the_others(count):
-    """Σ_{i≠j} B_i·B_j = -Σ_i B_i·B_i for centred heads: exactly -1/(N-1) weighted by length, nearly so in the mean."""
-    torch.manual_seed(count)
-    adapter = MultiHeadLoRALinear(torch.nn.Linear(40, 60), rank=4, alpha=8, heads=count, random_init=True)
-    flat = adapter.heads.detach().flatten(1).double()
-    gram = flat @ flat.T
-    weighted = (gram.sum() - gram.trace()) / (count - 1) / gram.trace()
-    assert weighted.item() == pytest.approx(-1 / (count - 1), abs=1e-6)
-    logged = head_cosines(torch.nn.Sequential(adapter))["head_cosine"]
-    assert logged == [pytest.approx(-1 / (count - 1), abs=0.01)]
-
-
-def test_the_log_has_null_for_zero_heads_and_nothing_for_one_branch():
-    for method, expected in (("hydralora", {"head_cosine": [None] * 14}), ("lora", {})):
-        model = make_llama()
-        add_adapters(model, AdapterConfig(method, rank=2, heads=3, targets="all-linear"))
-        assert head_cosines(model) == expected
 
 
 @pytest.fixture(scope="module")

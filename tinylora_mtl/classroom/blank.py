@@ -65,8 +65,10 @@ def make_handout(folder):
 def main(argv=None):
     """Make a handout and say what is in it; a mistake is one line."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments in (["-h"], ["--help"]):
+        return print(__doc__)
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        sys.exit(__doc__ if arguments in (["-h"], ["--help"]) else "usage: python -m tinylora_mtl.classroom.blank DIR")
+        raise ValueError("one new folder is to be named: python -m tinylora_mtl.classroom.blank DIR")
     for tag, file, name in make_handout(arguments[0]):
         print(f"{tag}  {file:14} {name}")
     print(f"the handout is in {arguments[0]}; there: pip install -e '.[test]', then pytest -m ex1")
