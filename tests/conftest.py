@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model and batches for it, and tiny runs, stopped in the middle if need be."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,12 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinylora_mtl import adapter_parameters
 from tinylora_mtl.config import TrainConfig
+from tinylora_mtl.data import tasks
 from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.run import loop, training
 
+tasks.embedded_samples = functools.cache(tasks.embedded_samples)  # always the same, and made anew by hundreds of tests
+
 # Settings of a run that takes a second or two.
 TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
-            tasks_per_round=2, device="cpu", split="validation")
+            tasks_per_round=2, inner_steps=2, targets=("down_proj",), device="cpu", split="validation")
 
 
 def run(folder, **changes):

@@ -79,7 +79,7 @@ def test_what_a_checkpoint_holds_matters(tmp_path, monkeypatch, few):
                    lambda content: content["batches"].update(rng=other_rng),
                    lambda content: content["batches"]["waiting"][0].clear(),
                    lambda content: content["schedule"].update(last_epoch=0), zero_moments,
-                   lambda content: content["adapter"]["model.layers.0.mlp.up_proj.heads"].mul_(1.01),
+                   lambda content: content["adapter"]["model.layers.0.mlp.down_proj.heads"].mul_(1.01),
                    lambda content: content.update(skipped_steps=1),
                    lambda content: content["before"].update(word_sorting=0.5)):
         assert spoiled(change) != outcome(tmp_path / "whole")

@@ -30,12 +30,12 @@ def run_steps(model, state, config, tasks, folder, progress, began, stop):
     bar = tqdm(desc=config.method, ncols=80, initial=state.step, total=config.steps, disable=process_rank() > 0)
     with open_metrics(folder, progress.metrics_bytes) as metrics, bar:
         for step, numbers in good_steps(called, state, config, progress, tasks):
-            bar.update()
             log = step % config.log_every == 0 or step in (1, config.steps)
             if "loss" in numbers and log:
                 numbers = {name: value if name == "lr" else round(float(value), 6) for name, value in numbers.items()}
                 numbers |= head_cosines(model)
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+            bar.update()
             if "loss" not in numbers or log:
                 metrics.write(json.dumps({"step": step} | numbers) + "\n")
                 metrics.flush()
