@@ -46,7 +46,8 @@ def test_every_method_trains_and_its_run_can_be_loaded(tmp_path, capsys, method,
 @pytest.mark.parametrize("method", METHODS)
 def test_training_reaches_what_a_zeroed_branch_cannot(tmp_path, method):
     """60 steps on two tasks; then B (or the heads) are set to zero, and the accuracy falls back to the base's."""
-    results = run(tmp_path, method=method, steps=60, batch_size=32, samples=500, rank=8, support=16, query=16)
+    results = run(tmp_path, method=method, steps=60, batch_size=32, samples=500, rank=8, support=16, query=16,
+                  inner_steps=3, targets=("all-linear",))
     assert results["average_before"] < 0.1
     assert results["average_after"] > 0.4
     model, tokenizer, _ = load_model("mini", "cpu")
