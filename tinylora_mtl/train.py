@@ -1,7 +1,7 @@
 """The training loop: python -m tinylora_mtl.train --method align
 
-Without any flag: Align-LoRA on the embedded model and its eight tasks, on a CPU, without a network, in about a
-minute. The same command with --method lora, hydralora, rlora, mlora or meta trains the other methods.
+Without any flag: Align-LoRA on the embedded model and its eight tasks, on a CPU, without a network, in a minute or
+two. The same command with --method lora, hydralora, rlora, mlora or meta trains the other methods.
 Read `train`, then the gradients function of a method; the layers are in `lora.py` and `multihead.py`, and `adapters.py`
 puts them into a model. All around them (the command line, the log, checkpoints, steps passed over, accumulation,
 several processes) is in `run/`, and can be passed by.
