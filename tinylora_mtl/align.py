@@ -8,8 +8,8 @@ with x over the real tokens of the samples of task t in the step. D is a symmetr
 Gaussians (`kl_alignment`) or a maximum mean discrepancy (`mmd.py`).
 
 Source: "Align, Don't Divide", arXiv 2508.05078, equations 4 to 6, but that equation 5 sums over the pairs: the mean is
-its code's, and so is the default λ. The paper does not say over what the statistics are taken; here it is all real tokens
-of a task, never padding. A x is taken as the layer computes it, that is after dropout on x.
+its code's, and so is the default λ. The paper does not say over what the statistics are taken; here it is all real
+tokens of a task, never padding. A x is taken as the layer computes it, that is after dropout on x.
 """
 
 from contextlib import contextmanager
@@ -78,8 +78,9 @@ def kl_alignment(groups):
     """Mean symmetric KL divergence between the tasks' features, over all pairs of tasks, in O(T).
 
     groups: one [n_t, r] or [n_t, layers, r] tensor per task, n_t may differ -> a scalar, the mean over the layers. Each
-    task is a diagonal Gaussian (μ_t, v_t); D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer than two tokens has no variance and is left out; with fewer than two tasks left, the
-    result is 0 (and still has a gradient, which is 0). Raises nothing. Source: arXiv 2508.05078, equations 4 to 6.
+    task is a diagonal Gaussian (μ_t, v_t); D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer
+    than two tokens has no variance and is left out; with fewer than two tasks left, the result is 0, with a gradient
+    of 0. Source: arXiv 2508.05078, equations 4 to 6.
     """
     kept = [group.float() for group in groups if len(group) > 1]
     if len(kept) < 2:

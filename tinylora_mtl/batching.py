@@ -65,8 +65,8 @@ class BalancedBatches:
     a task, not of the whole. Length plays no part in the draw: batches of short samples and of long ones would pull the
     adapter to and fro.
 
-    tasks: objects with a `train` list of (prompt, target). Raises ValueError for a batch that cannot hold every task, and
-    as `encode` does.
+    tasks: objects with a `train` list of (prompt, target). Raises ValueError for a batch that cannot hold every
+    task, and as `encode` does.
     """
 
     def __init__(self, tasks, tokenizer, batch_size, max_length=512, seed=0):

@@ -69,16 +69,16 @@ class TrainConfig:
                         choices=("generate", "choose"))
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = option(50, "steps between two checkpoints, from which --resume goes on")
-    skip_bad_steps: int = option(0, "pass over up to this many steps whose loss or gradient is not finite")
+    skip_bad_steps: int = option(0, "pass over up to this many steps whose gradient is not finite")
     out: str = option(None, "the run folder (default: the first free of runs/METHOD-TASKS-seedN)", type=str)
     overwrite: bool = option(False, "replace a run that is already in --out")
 
 
 def resolve(config):
-    """The config with every default that depends on the method or the model in its place; ValueError for an unknown one."""
+    """The config with every default that depends on the method or the model filled in. ValueError: unknown ones."""
     if config.method not in METHODS or config.align not in ALIGN_WEIGHT:
-        raise ValueError(f"method {config.method!r} must be one of {', '.join(METHODS)}, and align {config.align!r} one of "
-                         f"{', '.join(ALIGN_WEIGHT)}")
+        raise ValueError(f"method {config.method!r} must be one of {', '.join(METHODS)}, align {config.align!r} one "
+                         f"of {', '.join(ALIGN_WEIGHT)}")
     mini = config.model == "mini"
     defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
                 "samples": 50 if config.method == "meta" else None, "targets": ("all-linear",) if mini else None}

@@ -84,6 +84,6 @@ def gradients_of(loss, parameters):
 
 
 def fork_rng(model):
-    """Within the block random numbers are drawn aside (on CPU and CUDA): those after it are as if there had been none."""
+    """Within the block random numbers are drawn aside (on CPU and CUDA): those after it do not notice."""
     device = next(model.parameters()).device
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -107,10 +107,10 @@ def random_start(A, heads, gamma=64):
 
     The paper then subtracts s · mean_i(B_i) A from the frozen W, so that training starts at the base model. Here the
     mean is subtracted from the heads instead: with a router, since Σ w_i = 1, that is the same function at step 0
-    (without masks), W stays untouched, and the adapter file is complete without it. A centred head has √(1 - 1/N) times the table's
-    standard deviation. The training is not quite the paper's: A's gradient comes through the mean of the heads, so but
-    for the masks it is 0 in the first step, as LoRA's is, where the paper's is not. The heads cancel to rounding, which
-    in bfloat16 is enough to turn an answer here and there.
+    (without masks), W stays untouched, and the adapter file is complete without it. A centred head has √(1 - 1/N)
+    times the table's standard deviation. The training is not quite the paper's: A's gradient comes through the mean of
+    the heads, so but for the masks it is 0 in the first step, as LoRA's is, where the paper's is not. The heads cancel
+    to rounding, which in bfloat16 is enough to turn an answer here and there.
     """
     d_out, d_in = heads.shape[1], A.shape[1]
     scale = d_out ** 0.25 / math.sqrt(gamma)

@@ -21,8 +21,8 @@ from .meta import meta_gradients
 class TrainState:
     """All that changes while a run trains. Whoever saves it, and puts it back, goes on with the run.
 
-    batches: an endless iterator of batches (of rounds, for MeTA-LoRA); parameters: {name: Parameter} to train, None: the
-    adapters'. Raises ValueError if there are none.
+    batches: an endless iterator of batches (of rounds, for MeTA-LoRA); parameters: {name: Parameter} to train, None:
+    the adapters'. Raises ValueError if there are none.
     """
 
     def __init__(self, model, batches, config, parameters=None):
@@ -39,8 +39,8 @@ def train(model, state, config, gradients=None):
     """Train from the step where `state` stands to the last; yields (step, metrics) after each one.
 
     A generator: logging, checkpoints and stopping are the caller's, between two steps. Called again with the same
-    state it goes on. gradients(model, batch, config) leaves a step's gradients in `.grad` and returns metrics; None: the
-    method's, of a whole batch at once. Raises FloatingPointError for a gradient that is not finite: then only the
+    state it goes on. gradients(model, batch, config) leaves a step's gradients in `.grad` and returns metrics; None:
+    the method's, of a whole batch at once. Raises FloatingPointError for a gradient that is not finite: then only the
     step's number and the batches have moved on.
     """
     config = resolve(config)
@@ -52,7 +52,7 @@ def train(model, state, config, gradients=None):
         metrics = gradients(model, next(state.batches), config)
         norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.clip)
         if not torch.isfinite(norm):  # no step must be taken to NaN; here, and only here, a step waits for the device
-            raise FloatingPointError(f"the gradient is not finite at step {state.step}, its loss is {metrics['loss']:g}")
+            raise FloatingPointError(f"the gradient is not finite at step {state.step}, the loss {metrics['loss']:g}")
         lr = state.schedule.get_last_lr()[0]
         state.optimizer.step()
         state.schedule.step()
@@ -77,7 +77,7 @@ def align_gradients(model, batch, config):
 
 
 def metalora_gradients(model, episodes, config):
-    """MeTA-LoRA: both stages of a round; the gradient is taken at each task's θ_i and put into `.grad` of the shared θ."""
+    """MeTA-LoRA: both stages of a round; the gradient is taken at each θ_i and put into `.grad` of the shared θ."""
     losses = []  # a row for each task
     gradients = meta_gradients(model, episodes, config.inner_lr, config.inner_steps, losses)
     for name, parameter in adapter_parameters(model).items():
@@ -91,7 +91,7 @@ GRADIENTS = dict.fromkeys(("lora", "hydralora", "rlora", "mlora"), lora_gradient
 
 
 def cosine_schedule(optimizer, warmup, steps):
-    """The learning rate rises linearly for `warmup` steps, then falls as half a cosine to 0 after the last of `steps`."""
+    """The learning rate rises linearly for `warmup` steps, then falls as half a cosine to 0 after all `steps`."""
     def share(step):  # of the peak, for the steps 0, 1, 2, …
         if step < warmup:
             return (step + 1) / (warmup + 1)  # above 0 from the first step on

@@ -451,7 +451,7 @@ def test_bad_steps_are_skipped_counted_and_logged(tmp_path, monkeypatch, capsys,
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, None]
     said = capsys.readouterr().err
     for step in (2, 4):
-        line = f"the gradient is not finite at step {step}, its loss is nan, in a batch of word_sorting, dyck_languages: skipped"
+        line = f"the gradient is not finite at step {step}, the loss nan, in a batch of word_sorting, dyck_languages: skipped"
         assert said.count(line) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "adapter" / WEIGHTS).values())
 
@@ -482,7 +482,7 @@ def test_no_more_than_that_many_are_skipped_over_all_lives(tmp_path, few):
 
 def test_without_the_flag_the_first_bad_loss_stops_the_run(tmp_path, monkeypatch, few):
     spoil_loss(monkeypatch, 2)
-    with pytest.raises(FloatingPointError, match="^the gradient is not finite at step 2, its loss is nan, in a batch of "
+    with pytest.raises(FloatingPointError, match="^the gradient is not finite at step 2, the loss nan, in a batch of "
                                                  "word_sorting, dyck_languages; a lower --lr usually helps"):
         run(tmp_path, method="lora")
 
@@ -499,7 +499,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_by_itself(tmp_path, monkeypatc
             parameters[-1].grad.view(-1)[0] = float("inf")
         return original(parameters, most)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(FloatingPointError, match=r"^the gradient is not finite at step 2, its loss is \d.*, in a batch of "):
+    with pytest.raises(FloatingPointError, match=r"^the gradient is not finite at step 2, the loss \d.*, in a batch of "):
         run(tmp_path, method=method)
 
 

@@ -53,8 +53,8 @@ def make_handout(folder):
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     found = []
     for file in sorted((folder / PACKAGE.name).rglob("*.py")):
-        source = file.read_text(encoding="utf-8")
-        found += [(tag, file.relative_to(folder / PACKAGE.name).as_posix(), name) for tag, name, *_ in exercises(source)]
+        source, short = file.read_text(encoding="utf-8"), file.relative_to(folder / PACKAGE.name).as_posix()
+        found += [(tag, short, name) for tag, name, *_ in exercises(source)]
         file.write_text(blanked(source), encoding="utf-8", newline="\n")
     (folder / "tests" / "classroom").mkdir(parents=True)
     for name in BESIDE:

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..adapters import LAYERS, AdapterConfig, adapter_parameters, add_adapters, find_adapters, make_adapter, target_names
+from ..adapters import (LAYERS, AdapterConfig, adapter_parameters, add_adapters, find_adapters, make_adapter,
+                        target_names)
 from ..lora import is_linear, linear_shape
 from ..multihead import MultiHeadLoRALinear
 from .files import read_json, write_file, write_json
@@ -102,7 +103,7 @@ def read_description(description):
 
 
 def read_tensors(file, config, model):
-    """{key: tensor} of an adapter's file; fills in the config's targets. Shapes are compared before a tensor is read."""
+    """{key: tensor} of an adapter's file; fills in the config's targets. Shapes are compared before any is read."""
     with safe_open(file, "pt") as stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
         config.targets = tuple(sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in shapes

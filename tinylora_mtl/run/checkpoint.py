@@ -16,7 +16,6 @@ import torch
 from .distributed import gather, process_rank
 from .files import write_file
 
-
 # Of config.json and of checkpoints. Runs of version 0.1 have none: their first step had a learning rate of 0.
 FORMAT = 2
 
@@ -35,7 +34,7 @@ def check_format(content, what):
     """ValueError if what a config.json or a checkpoint holds is not of this version's format."""
     if content.get("format") != FORMAT:
         raise ValueError(f"{what} is of another version of this package (format {content.get('format', 1)}, here it is "
-                         f"{FORMAT}), whose learning rates were others: finish the run with that version, or start it anew")
+                         f"{FORMAT}), whose learning rates were others: finish the run with that one, or start it anew")
 
 
 def list_checkpoints(folder):

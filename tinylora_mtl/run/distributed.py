@@ -1,4 +1,4 @@
-"""Data-parallel training on torch.distributed: several processes, one for each GPU, started by torchrun (see README.md).
+"""Data-parallel training on torch.distributed: several processes, one for each GPU, by torchrun (see README.md).
 
 Every process has the whole model and draws the same global batches. It computes its own share of the samples of every
 task (or, for `meta`, of the tasks of a round), and what must be of the whole batch is exchanged: gradients, the

@@ -1,7 +1,7 @@
 """The gradients functions of `train.py` once more: a step in micro-batches, or shared by several processes.
 
-They work because a batch carries `label_count`, the labels of the whole step: the gradients of its parts add up. But for
-dropout and for the random tokens of MMD, the gradient is the same in any number of parts.
+They work because a batch carries `label_count`, the labels of the whole step: the gradients of its parts add up. But
+for dropout and for the random tokens of MMD, the gradient is the same in any number of parts.
 """
 
 import torch
@@ -29,7 +29,7 @@ def gradients_for(config):
 
 def with_label_count(batch):
     """The batch, with the number of its labels in it."""
-    return {"label_count": (batch["labels"] != NO_LABEL).sum()} | batch
+    return {"label_count": (batch["labels"][:, 1:] != NO_LABEL).sum()} | batch  # as `label_logits`: not column 0
 
 
 def micro_batches(batch, count):
@@ -111,6 +111,6 @@ def align_in_micro_batches(model, batch, config):
 
 
 def alignment_of_all(z, owner, kind):
-    """The alignment of the features of all processes, the same number in each, with the gradient of its own features."""
+    """The alignment of the features of all processes, the same number in each, with a gradient on its own features."""
     with same_random_numbers(z.device):  # for the tokens that MMD takes
         return alignment(*gather_features(z, owner), kind)

@@ -65,8 +65,8 @@ def load(source, device, dtype, local_files_only):
     finally:
         logging.set_verbosity(verbosity)
     if found["missing_keys"]:
-        raise ValueError(f"the model in {source} lacks weights, {sorted(found['missing_keys'])[0]} for one: random ones "
-                         "would stand in for them; give the whole model")
+        raise ValueError(f"the model in {source} lacks weights, {sorted(found['missing_keys'])[0]} for one: random "
+                         "ones would stand in for them; give the whole model")
     model.to(device).eval()
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")

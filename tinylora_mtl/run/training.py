@@ -95,7 +95,7 @@ def prepare(config, model, tokenizer, tasks):
     if config.gradient_checkpointing:
         # Not reentrant: with that kind the features would have no gradient (Align-LoRA), and `autograd.grad`
         # (MeTA-LoRA) would not work. The layers see the same dropout masks when they are computed anew.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # a newer name
         enable({"use_reentrant": False})
     if config.method == "meta":
         batches = Episodes(tasks, tokenizer, config.tasks_per_round, config.support, config.query, config.max_length,
