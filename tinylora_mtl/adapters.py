@@ -4,16 +4,19 @@
     remove_adapters(model)                                          # the base model again, bit for bit
     merge_adapters(model)                                           # or plain nn.Linear, where the method allows it
 
-A model is any `torch.nn.Module` that holds linear layers and calls them (`nn.MultiheadAttention` reads their weights
-instead, and cannot be adapted). Give it its dtype before the adapters go in: they are float32.
+A model is any `torch.nn.Module` that holds linear layers and calls them (`targets.py` finds them), also compiled. Give
+it its dtype before the adapters go in: they are float32.
 """
 
+import warnings
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 
-from .lora import LoRALinear, is_linear
+from .lora import LoRALinear
 from .multihead import MultiHeadLoRALinear
+from .targets import target_names, unwrap
 
 # What sets the layers apart (`multihead.py` has the table). "dropout": of z = A x for rlora and mlora, else of x.
 LAYERS = {
@@ -22,7 +25,6 @@ LAYERS = {
     "rlora": {"rank_stabilized": True, "dropout": 0.1, "random_init": True, "routed": True},
     "mlora": {"rank_stabilized": True, "dropout": 0.1, "random_init": True, "routed": False},
 }
-PAPER_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -48,9 +50,9 @@ def add_adapters(model, config):
     """Replace the targeted linear layers of a model, in place, by layers with an adapter; freeze all the rest.
 
     In evaluation mode the outputs do not change until the first training step; in training mode, dropout on R-LoRA's
-    random heads shows at once.
-    Returns {layer name: adapter}. Raises ValueError, with the model as it was, for what cannot be.
+    random heads shows at once. Returns {layer name: adapter}. ValueError, with the model as it was, for what cannot be.
     """
+    model = unwrap(model)
     if config.method not in LAYERS:
         raise ValueError(f"unknown method {config.method!r}; there are: {', '.join(LAYERS)}")
     if find_adapters(model):
@@ -60,7 +62,16 @@ def add_adapters(model, config):
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter.train(adapter.base.training))
     model.adapter_config = config
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MethodType(save_with_warning, model)
     return adapters
+
+
+def save_with_warning(model, *args, **options):
+    """What `model.save_pretrained` is while there are adapters: nothing can load a model that was saved with them."""
+    warnings.warn("the model has adapters, so what save_pretrained writes cannot be loaded; save_adapter saves them, "
+                  "and merge_adapters or remove_adapters leaves a plain model to save", stacklevel=2)
+    return type(model).save_pretrained(model, *args, **options)
 
 
 def make_adapter(base, config):
@@ -78,31 +89,9 @@ def make_adapter(base, config):
                                method["routed"], stabilized)
 
 
-def target_names(model, targets):
-    """The names of the linear layers that `targets` (see AdapterConfig) stands for, in the model's order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-
-    def matching(target):
-        return [name for name in linear if name == target or name.endswith(f".{target}")]
-
-    targets = (targets,) if isinstance(targets, str) else targets
-    if targets is None and all(map(matching, PAPER_TARGETS)):
-        targets = PAPER_TARGETS
-    if targets is None or tuple(targets) == ("all-linear",):
-        found = {"all-linear": [name for name, module in linear.items() if module is not head]}
-    else:
-        found = {target: matching(target) for target in targets}
-    for target, names in found.items():
-        if not names:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"no linear layer matches the target {target!r}; the model has: {', '.join(kinds)}")
-    return [name for name in linear if any(name in names for names in found.values())]
-
-
 def find_adapters(model):
     """{layer name: adapter} of all adapters in a model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (LoRALinear, MultiHeadLoRALinear))}
+    return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, (LoRALinear, MultiHeadLoRALinear))}
 
 
 def adapter_parameters(model):
@@ -121,8 +110,10 @@ def remove_adapters(model):
     The start of R-LoRA's heads is not subtracted from W [d_out, d_in], as it is in arXiv 2502.15455, so each W is the
     very tensor that it was. All of the model can train again.
     """
+    model = unwrap(model)
     for name, adapter in find_adapters(model).items():
         model.set_submodule(name, adapter.base)
+    vars(model).pop("save_pretrained", None)  # the class's own one again
     if vars(model).pop("adapter_config", None):
         model.requires_grad_(True)
 

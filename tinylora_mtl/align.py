@@ -18,6 +18,7 @@ import torch
 
 from .loss import to_device
 from .mmd import mmd_alignment
+from .targets import unwrap
 
 VARIANCE_EPS = 1e-5  # added to each variance, so that a feature which happens not to vary cannot divide by zero
 
@@ -26,15 +27,15 @@ VARIANCE_EPS = 1e-5  # added to each variance, so that a feature which happens n
 def collect_features(model, part="lora_A"):
     """Within the block, every forward pass of the model leaves z = A x of each adapted layer in the yielded dict.
 
-    Yields {layer name: z [batch, length, r]}; with part="router", the router's scores [batch, length, N]. Leave the
-    block before `backward`: with gradient checkpointing the layers run once more there, and those outputs must not be
-    counted.
+    Yields {layer name: z [batch, length, r]}, or [batch · length, r] where a layer sees its tokens in one row; with
+    part="router", the router's scores, N instead of r. Leave the block before `backward`: with gradient checkpointing
+    the layers run once more there, and those outputs must not be counted.
     """
     features, handles = {}, []
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if getattr(module, part, None) is not None:
             def keep(_, inputs, output, name=name):
-                features[name] = output
+                features[name] = torch.cat([features[name], output]) if name in features else output
             handles.append(getattr(module, part).register_forward_hook(keep))
     try:
         yield features
@@ -57,14 +58,25 @@ def real_tokens(features, batch):
     """z [n, layers, r] at the n real tokens of a batch, and the task id of each of them, [n] on the CPU.
 
     The tokens are found on the CPU, where the batch is; a mask on the device would make it tell their number first.
+    Raises ValueError as `alignment_loss` does, and for a layer that does not see every token once (`of_every_token`).
     """
+    wrong = [name for name, z in features.items() if not of_every_token(name, z, batch)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} does not see every token once (an expert, or a layer that is used twice), so its "
+                         "features cannot be aligned; --targets names the layers to adapt")
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise ValueError("the features have no gradient, so the alignment term would do nothing; use gradient "
                          "checkpointing with use_reentrant=False")
     real = batch["attention_mask"].flatten().nonzero()[:, 0]  # [n], of batch · length
     owner = batch["task_ids"].repeat_interleave(batch["attention_mask"].shape[1])[real]  # [n]
     real = to_device(real, next(iter(features.values())).device)
-    return torch.stack([z.flatten(0, 1).index_select(0, real) for z in features.values()], dim=1), owner
+    return torch.stack([z.flatten(0, -2).index_select(0, real) for z in features.values()], dim=1), owner
+
+
+def of_every_token(name, z, batch):
+    """Whether z [batch, length, r] or [batch · length, r] has a row for every token of a batch. An expert's has not."""
+    shape = batch["attention_mask"].shape
+    return z.shape[:-1] in (shape, (shape.numel(),)) and "experts" not in name.split(".")
 
 
 def alignment(z, owner, kind):

@@ -28,11 +28,13 @@ def encode(tokenizer, sample, max_length=512):
 def encode_prompt(tokenizer, prompt, max_length):
     """Token ids of a prompt, cut from the left to `max_length`: what stands nearest to the answer is kept.
 
-    Tokens that the tokenizer puts before every text are kept too; an end token after it is not, for the text goes on.
+    Tokens that the tokenizer puts before every text are kept too, once if the prompt has them already (as a chat
+    template's does); an end token after it is not, for the text goes on.
     """
     whole = tokenizer(prompt)["input_ids"]
     plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     start = whole[:next((i for i in range(len(whole)) if whole[i:i + len(plain)] == plain), 0)]
+    plain = plain[len(start):] if plain[:len(start)] == start else plain
     return start + plain[max(0, len(plain) + len(start) - max_length):]
 
 
@@ -61,9 +63,8 @@ class BalancedBatches:
     """Training batches with the same number of samples of every task: batch_size // (number of tasks).
 
     Each task is shuffled and gone through by itself, and shuffled anew when it is used up. So a small task is
-    repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of
-    a task, not of the whole. Length plays no part in the draw: batches of short samples and of long ones would pull the
-    adapter to and fro.
+    repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of a
+    task. Length plays no part in the draw: batches of short samples and of long ones would pull to and fro.
 
     tasks: objects with a `train` list of (prompt, target). Raises ValueError for a batch that cannot hold every
     task, and as `encode` does.

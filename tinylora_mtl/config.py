@@ -6,6 +6,7 @@ from .adapters import LAYERS, AdapterConfig
 
 METHODS = ("lora", "hydralora", "rlora", "mlora", "align", "meta")  # the last two train plain LoRA layers
 MINI_LR = {"lora": 5e-3, "hydralora": 5e-3, "rlora": 5e-3, "mlora": 2e-3, "align": 5e-3, "meta": 5e-3}
+META_SAMPLES = 50  # training samples that MeTA-LoRA keeps of a task if `samples` does not say it
 ALIGN_WEIGHT = {"kl": 0.2, "mmd": 0.01}  # λ as in the authors' script (KL) and as reported for the paper (MMD)
 
 
@@ -21,7 +22,7 @@ class TrainConfig:
     model: str = option("mini", "mini, a local folder in Hugging Face format, or a name on the Hugging Face Hub")
     tasks: tuple = option(("mini",), "tasks: mini, mini-multilingual or any of their tasks, tasks from the Hub (sst2, "
                                      "boolq, ...), JSON Lines files, folders with train.jsonl and test.jsonl")
-    samples: int = option(None, "training samples per task (default: all; meta 50)", type=int)
+    samples: int = option(None, "training samples per task (default: all; meta at most 50)", type=int)
 
     method: str = option("align", "how to train", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
@@ -33,12 +34,9 @@ class TrainConfig:
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
 
     steps: int = option(300, "optimiser steps (rounds, for meta)")
-    batch_size: int = option(64, "samples in a step, the same number of each task (for meta, --tasks-per-round, "
-                                 "--support and --query say it)")
-    accumulation: int = option(1, "compute a step in this many micro-batches, one after another, to save memory (not "
-                                  "for meta); but for dropout and mmd's random tokens the result is the same")
-    lr: float = option(None, "peak learning rate (default: chosen for each method on mini, 5e-4 on other models)",
-                       type=float)
+    batch_size: int = option(64, "samples in a step, the same number of each task (not for meta)")
+    accumulation: int = option(1, "compute a step in this many micro-batches, to save memory (not for meta)")
+    lr: float = option(None, "peak learning rate (default: by method on mini, 5e-4 on other models)", type=float)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
     clip: float = option(1.0, "largest norm of a step's gradient")
     max_length: int = option(None, "prompts are cut from the left to this many tokens, answer included (default: 512, "
@@ -46,8 +44,7 @@ class TrainConfig:
 
     align: str = option("kl", "the alignment loss, for --method align", choices=tuple(ALIGN_WEIGHT))
     align_weight: float = option(None, "its weight, lambda (default: kl 0.2, mmd 0.01)", type=float)
-    shuffle_groups: bool = option(False, "align: draw together random groups of a batch's samples instead of its "
-                                         "tasks, to see whether it matters that they are tasks")
+    shuffle_groups: bool = option(False, "align: a control that aligns random groups of samples instead of tasks")
     tasks_per_round: int = option(4, "meta: tasks sampled for a round")
     support: int = option(16, "meta: samples of a task that the inner steps see")
     query: int = option(16, "meta: samples of a task that the outer gradient is taken on")
@@ -56,12 +53,10 @@ class TrainConfig:
 
     seed: int = option(0, "seeds the adapters' start, the batches, the dropout and which samples are kept")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "of the frozen weights; adapters are float32. auto: bfloat16 for a model saved in half "
-                                "precision on a GPU that has it, else float32",
-                        choices=("auto", "float32", "bfloat16", "float16"))
-    gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass instead of keeping what "
-                                                 "it computed: less memory, about half as much time again, the "
-                                                 "same result")
+    dtype: str = option("auto", "of the frozen weights; auto: bfloat16 for a model saved in half precision on a GPU "
+                                "that has it, else float32", choices=("auto", "float32", "bfloat16", "float16"))
+    gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass: less memory, about "
+                                                 "half as much time again, the same result")
     compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=("test", "validation"))
@@ -81,7 +76,7 @@ def resolve(config):
                          f"of {', '.join(ALIGN_WEIGHT)}")
     mini = config.model == "mini"
     defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
-                "samples": 50 if config.method == "meta" else None, "targets": ("all-linear",) if mini else None}
+                "targets": ("all-linear",) if mini else None}
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 

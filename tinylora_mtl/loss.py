@@ -10,6 +10,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from .targets import unwrap
+
 NO_LABEL = -100
 
 
@@ -46,7 +48,7 @@ def forward(model, input_ids, attention_mask, keep, **options):
 
     attention_mask [batch, length]: length > new where a cache in `options` holds the tokens before.
     """
-    takes = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters  # of a compiled model's original
+    takes = inspect.signature(unwrap(model).forward).parameters
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
     new = input_ids.shape[1]
     # As indices, not as a number: the model then takes a copy of these columns, not a view across the rows, for which

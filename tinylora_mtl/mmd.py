@@ -20,7 +20,7 @@ def mmd_alignment(groups):
     groups: one [n_t, r] tensor per task, n_t may differ -> a scalar, which can be slightly negative. Of a task with
     more than MMD_TOKENS tokens a random subset of that size is used, the same in all layers. Of [n_t, layers, r]
     tensors the result is the mean over the layers; a task with fewer than two tokens is left out, and with fewer than
-    two tasks left the result is 0, with a gradient of 0. Raises nothing. Source: arXiv 2508.05078.
+    two tasks left the result is 0, with a gradient of 0. Source: arXiv 2508.05078.
     """
     kept = [subset(group.float()) for group in groups if len(group) > 1]
     if len(kept) < 2:

@@ -11,7 +11,6 @@ def test_defaults_that_depend_on_the_method_and_the_model(method):
     mini, other = (resolve(TrainConfig(method=method, model=model)) for model in ("mini", "elsewhere"))
     assert (mini.lr, other.lr) == (MINI_LR[method], 5e-4)
     assert (mini.targets, other.targets) == (("all-linear",), None)
-    assert mini.samples == other.samples == (50 if method == "meta" else None)
     assert mini.align_weight == ALIGN_WEIGHT["kl"] == 0.2
     assert resolve(mini) == mini
 

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GenerationConfig
 
 from tinylora_mtl import AdapterConfig, add_adapters
 from tinylora_mtl.batching import encode_target
 from tinylora_mtl.data.tasks import load_tasks
-from tinylora_mtl.evaluate import (EXTRA_TOKENS, accuracy, choose_answers, evaluation_mode, generate_answers, is_right,
-                                   length_buckets, log_likelihoods, prompt_batch)
+from tinylora_mtl.evaluate import (EXTRA_TOKENS, accuracy, evaluation_mode, generate_answers, is_right, length_buckets,
+                                   prompt_batch)
 from tinylora_mtl.run.models import load_model
+from tinylora_mtl.run.ranking import choose_answers, log_likelihoods
 
 
 @pytest.mark.parametrize("answer,target,right", [
@@ -90,15 +91,46 @@ def test_prompts_give_way_to_the_targets_of_their_own_batch_only():
 def test_likelihoods_that_are_not_finite_choose_nothing():
     model, tokenizer, _ = load_model("mini", "cpu")
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite, so none can be chosen; .* try --dtype float32"):
-        choose_answers(model, tokenizer, [("x Answer:", "Yes")], ("No", "Yes"))
+    for answer in (lambda *given: choose_answers(*given, ("No", "Yes")), generate_answers):
+        with pytest.raises(FloatingPointError, match="logits are not finite; .* try --dtype float32"):
+            answer(model, tokenizer, [("x Answer:", "Yes")])
 
 
-def test_a_model_without_keys_and_values_cannot_choose():
-    _, tokenizer, _ = load_model("mini", "cpu")
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="no keys and values to go on from; use --score generate"):
-        choose_answers(model, tokenizer, [("x Answer:", "Yes")], ("No", "Yes"))
+def test_a_token_that_can_never_come_is_no_fault():
+    """Some models give -inf to tokens that are no text."""
+    model, tokenizer, _ = load_model("mini", "cpu")
+    samples, never = [("x Answer:", "Yes")], torch.tensor([0.0] * (len(tokenizer) - 1) + [-torch.inf])
+    before = generate_answers(model, tokenizer, samples), choose_answers(model, tokenizer, samples, ("No", "Yes"))
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + never)
+    assert (generate_answers(model, tokenizer, samples),
+            choose_answers(model, tokenizer, samples, ("No", "Yes"))) == before
+
+
+OWN_SETTINGS = [dict(suppress_tokens=[1]), dict(min_new_tokens=12), dict(return_dict_in_generate=True), dict(num_beams=3),
+                dict(do_sample=True, temperature=5.0), dict(repetition_penalty=9.0), dict(forced_eos_token_id=5),
+                dict(bad_words_ids=[[5]]), dict(no_repeat_ngram_size=1), dict(max_length=3), dict(max_time=1e-9),
+                dict(sequence_bias=[[[5], 50.0]]), dict(begin_suppress_tokens=list(range(3, 200))),
+                dict(stop_strings=["a", "e"]), dict(num_return_sequences=1, output_scores=True)]
+
+
+@pytest.mark.parametrize("settings", OWN_SETTINGS, ids=str)
+def test_the_models_own_generation_settings_change_no_answer(settings):
+    model, tokenizer, _ = load_model("mini", "cpu")
+    samples = [sample for task in load_tasks(["word_sorting", "navigate"]) for sample in task.test[:3]]
+    expected = generate_answers(model, tokenizer, samples)
+    own = model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=2, **settings)
+    assert generate_answers(model, tokenizer, samples) == expected
+    assert model.generation_config is own  # and they are as they were
+
+
+def test_the_models_own_end_tokens_count():
+    model, tokenizer, _ = load_model("mini", "cpu")
+    sample = load_tasks(["word_sorting"])[0].test[0]
+    whole, = generate_answers(model, tokenizer, [sample])
+    middle = tokenizer(f" {whole}", add_special_tokens=False)["input_ids"][1]
+    model.generation_config.eos_token_id = [1, middle]
+    assert generate_answers(model, tokenizer, [sample]) == [tokenizer.decode(
+        tokenizer(f" {whole}", add_special_tokens=False)["input_ids"][:1]).strip()]
 
 
 def test_the_chosen_label_is_the_likeliest_whole_answer():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tinylora_mtl import LoRALinear, MultiHeadLoRALinear
-from tinylora_mtl.multihead import combine_heads, cosines, head_cosines, mean_of_pairs, random_start
+from tinylora_mtl.multihead import combine_heads, random_start
+from tinylora_mtl.run.likeness import cosines, head_cosines, mean_of_pairs
 
 HYDRA = dict(rank=3, alpha=7, heads=4)
 RLORA = HYDRA | dict(random_init=True, rank_stabilized=True, head_dropout=0.5)

@@ -53,6 +53,66 @@ def test_we_read_pefts_adapter(tmp_path, make, targets, stabilized):
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def theirs_in(folder, make=make_llama, **options):
+    """A random adapter of PEFT's in a folder; returns the model with it."""
+    model = peft.get_peft_model(make(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+SAME = {  # options that mean something which is here too
+    "init orthogonal": dict(target_modules=["q_proj"], init_lora_weights="orthogonal"),
+    "init gaussian": dict(target_modules=["q_proj"], init_lora_weights="gaussian"),
+    "output head": dict(target_modules=["q_proj", "lm_head"]),
+    "one rank for all": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 2}),
+    "a pattern for none": dict(target_modules=["q_proj"], rank_pattern={"nowhere": 2}, alpha_pattern={"nowhere": 1}),
+    "one alpha for all": dict(target_modules=["q_proj", "k_proj"], alpha_pattern={"k_proj": 9, "self_attn.q_proj": 9}),
+    "both, stabilised": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 9},
+                             use_rslora=True),
+    "some layers": dict(target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["nowhere"])}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SAME)
+def test_options_that_mean_the_same_are_read(tmp_path, kind):
+    theirs, ours = theirs_in(tmp_path, **SAME[kind]), make_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours(IDS).logits, make_llama()(IDS).logits)
+
+
+OTHER = {  # the field: options that mean what is not here
+    "rank_pattern": dict(target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 2}),
+    "alpha_pattern": dict(target_modules=["q_proj", "k_proj"], alpha_pattern={"q_proj": 2}),
+    "alpha_pattern ": dict(target_modules=["q_proj"], alpha_pattern={r"layers\\.0.*q_proj": 2}),
+    "modules_to_save": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "target_parameters": dict(target_modules=["q_proj"], target_parameters=["mlp.down_proj.weight"]),
+    "trainable_token_indices": dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+    "init_lora_weights": dict(target_modules=["q_proj"], init_lora_weights="pissa"),
+    "use_dora": dict(target_modules=["q_proj"], use_dora=True), "bias": dict(target_modules=["q_proj"], bias="all")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("field", OTHER)
+def test_options_that_mean_something_else_are_refused_by_name(tmp_path, field):
+    theirs_in(tmp_path, **OTHER[field])
+    ours = make_llama()
+    with pytest.raises(ValueError, match=f"not an adapter that can be loaded: it(s| uses) {field.strip()}"):
+        load_adapter(ours, tmp_path)
+    assert torch.equal(ours(IDS).logits, make_llama()(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_weight_in_the_file_is_read_over_only_if_it_is_the_models_own(tmp_path):
+    theirs_in(tmp_path, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight is not known"):
+        load_adapter(make_llama(seed=1), tmp_path)
+
+
 def test_same_dropout_place_as_peft():
     """With the same random state both drop the same entries of x, in the branch only."""
     ours, theirs = make_llama(), make_llama()

@@ -33,7 +33,7 @@ def test_a_folder_without_validation_gives_a_tenth_of_its_training_samples(tmp_p
     write(tmp_path / "t" / "train.jsonl", rows(95) + [("q3 Answer:", "again")])
     write(tmp_path / "t" / "test.jsonl", rows(8, "test"))
     task, = load_tasks([str(tmp_path / "t")])
-    assert len(task.validation) in (10, 11) and len(task.train) + len(task.validation) == 96 and len(task.test) == 8
+    assert 3 < len(task.validation) < 20 and len(task.train) + len(task.validation) == 96 and len(task.test) == 8
     assert sorted(task.train + task.validation) == sorted(rows(95) + [("q3 Answer:", "again")])
     assert not {prompt for prompt, _ in task.train} & {prompt for prompt, _ in task.validation}
     assert load_tasks([str(tmp_path / "t")], seed=5) == [task]
@@ -41,13 +41,54 @@ def test_a_folder_without_validation_gives_a_tenth_of_its_training_samples(tmp_p
 
 def test_held_out_splits_are_bounded(tmp_path):
     task, = load_tasks([write(tmp_path / "many.jsonl", rows(6000))])
-    assert (len(task.train), len(task.validation), len(task.test)) == (5300, 200, 500)
+    assert (len(task.validation), len(task.test)) == (200, 500) and 4700 < len(task.train) < 4900
+
+
+def splits_of(task):
+    return {prompt: split for split in ("train", "validation", "test") for prompt, _ in getattr(task, split)}
+
+
+def test_the_split_of_a_prompt_does_not_change(tmp_path):
+    """However the file grows or shrinks, is sorted or called; also where a split is full, which may only leave out."""
+    def load(name, samples):
+        task, = load_tasks([write(tmp_path / name, samples)])
+        return splits_of(task)
+
+    few, many = load("few.jsonl", rows(300)), load("many.jsonl", rows(8000)[::-1])
+    assert few == load("other.jsonl", rows(300)[::-1]) == load("few.jsonl", rows(300))
+    assert len(few) == 300 and sorted(set(few.values())) == ["test", "train", "validation"]
+    kept = {prompt: split for prompt, split in many.items() if prompt in few}
+    assert all(few[prompt] == split for prompt, split in kept.items())
+    assert {few[prompt] for prompt in set(few) - set(kept)} == {"test", "validation"}
+    assert 7000 < len(many) < 7300  # a fifth is held out, and of that 700 are kept
+
+
+def test_a_prompt_is_the_same_with_other_spaces_or_composed_otherwise(tmp_path):
+    """In another place of the file it is in the same split; beside a test split it is dropped."""
+    twice = [(f"Is café  {i} good? ", "yes") for i in range(200)]
+    other = [(f"Is cafe\u0301 {i} good?", "no") for i in range(200)]
+    task, = load_tasks([write(tmp_path / "t.jsonl", twice + other)])
+    found = splits_of(task)
+    assert all(found[one] == found[same] for (one, _), (same, _) in zip(twice, other))
+    write(tmp_path / "f" / "train.jsonl", other)
+    write(tmp_path / "f" / "test.jsonl", twice[:20])
+    assert len(load_tasks([str(tmp_path / "f")])[0].test) == 20
+    assert len(splits_of(load_tasks([str(tmp_path / "f")])[0])) == 200
+
+
+def test_at_most_so_many_samples_are_kept(tmp_path):
+    write(tmp_path / "t" / "train.jsonl", rows(60))
+    task, = load_tasks([str(tmp_path / "t")])
+    assert load_tasks([str(tmp_path / "t")], at_most=500) == load_tasks([str(tmp_path / "t")], len(task.train))
+    assert len(load_tasks([str(tmp_path / "t")], at_most=5)[0].train) == 5
+    with pytest.raises(ValueError, match="500 training samples are asked for"):
+        load_tasks([str(tmp_path / "t")], 500, at_most=5)
 
 
 def test_a_file_is_split_by_prompt_and_the_task_has_its_name(tmp_path):
     """Each prompt comes three times; its samples are never in two splits."""
     task, = load_tasks([write(tmp_path / "own.jsonl", 3 * rows(50))])
-    assert task.name == "own" and (len(task.train), len(task.validation), len(task.test)) == (120, 15, 15)
+    assert task.name == "own" and len(task.train) + len(task.validation) + len(task.test) == 150
     prompts = [{prompt for prompt, _ in split} for split in (task.train, task.validation, task.test)]
     assert len(set.union(*prompts)) == 50 == sum(map(len, prompts))
 
@@ -64,7 +105,7 @@ def test_no_test_prompt_gets_into_validation(tmp_path):
     write(tmp_path / "t" / "train.jsonl", rows(100))
     write(tmp_path / "t" / "test.jsonl", rows(50))
     task, = load_tasks([str(tmp_path / "t")])
-    assert len(task.test) == 50 and len(task.validation) == 5 and len(task.train) == 45
+    assert len(task.test) == 50 and len(task.validation) + len(task.train) == 50 and task.validation
     assert not set(task.test) & set(task.validation + task.train)
 
 
@@ -163,11 +204,11 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     ("--tasks {0}/empty", "empty is not a task: the folder has neither train.jsonl nor test.jsonl"),
     ("--tasks {0}/nowhere", "unknown task '{0}/nowhere'; there are: mini, mini-multilingual, boolean_expressions"),
     ("--tasks {0}/t {0}/t", "task 't' is asked for more than once"),
-    ("--tasks {0}/t word_sorting --samples 19", "19 training samples are asked for, but task 't' has 18"),
-    ("--tasks {0}/t word_sorting --max-length 2 --split validation", "a target of 2 tokens, max length 2"),
+    ("--tasks {0}/t word_sorting --samples 19", "19 training samples are asked for, but task 't' has 17"),
+    ("--tasks {0}/t word_sorting --max-length 2 --split validation", "a target of 2 tokens leaves no room for its prompt in --max-length 2"),
     ("--tasks {0}/only_test word_sorting", "task 'only_test' has no train samples; it has: 20 test"),
-    ("--tasks {0}/t word_sorting", "task 't' has no test samples; it has: 18 train, 2 validation; --split valid"),
-    ("--tasks {0}/one.jsonl word_sorting", "task 'one' has no (train|test|validation) samples"),
+    ("--tasks {0}/t word_sorting", "task 't' has no test samples; it has: 17 train, 3 validation; --split valid"),
+    ("--tasks {0}/one.jsonl word_sorting", "task 'one' has no test samples; .* give more rows, or a folder with train.jsonl and test.jsonl"),
     ("--tasks {0}/free word_sorting --split validation --score choose", "task 'free' has no closed set of labels")])
 def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()

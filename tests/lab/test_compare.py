@@ -376,7 +376,7 @@ class Untouchable(list):
 
 def test_the_search_never_looks_at_test_samples(tmp_path, monkeypatch, few):
     """In runs of the search any look at the test split fails; and other test samples leave every choice as it is."""
-    def load(names, samples, seed):
+    def load(names, samples, seed, at_most):
         tasks = [few_samples(name, samples, seed) for name in names]
         return [replace(task, test=Untouchable(task.test) if seed == SEARCH_SEED else
                         [("?", "no")] * 2 if spoiled else task.test) for task in tasks]

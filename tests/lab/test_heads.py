@@ -18,7 +18,7 @@ from tinylora_mtl.align import collect_features
 from tinylora_mtl.batching import encode
 from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.lab import heads
-from tinylora_mtl.multihead import mean_of_pairs
+from tinylora_mtl.run.likeness import mean_of_pairs
 from tinylora_mtl.run import training
 from tinylora_mtl.run.adapter_files import PREFIX
 from tinylora_mtl.run.cli import run_command
@@ -68,7 +68,7 @@ def one_by_one(model, tokenizer, tasks, part):
 
 def test_features_and_router_against_samples_one_by_one(trained, short):
     config, tasks, model, tokenizer = heads.open_finished(trained / "rlora", "cpu")
-    features = heads.collect(model, tokenizer, tasks, config.max_length)
+    features = heads.collect(model, tokenizer, tasks, config.max_length)[0]
     expected = one_by_one(model, tokenizer, tasks, "lora_A")
     assert list(expected) == list(find_adapters(model))
     apart, alike = heads.task_distances(features), heads.task_cosines(features)
@@ -79,7 +79,7 @@ def test_features_and_router_against_samples_one_by_one(trained, short):
         assert mean_of_pairs(distances).item() == pytest.approx(kl_alignment([first, second]).item(), rel=1e-3)
         assert distances.diagonal().abs().max() < 1e-6 and torch.allclose(distances, distances.T)
         assert cosines_[0, 1].item() == pytest.approx(cosine(first.mean(0), second.mean(0)), abs=1e-4)
-    weights = heads.router_weights(heads.collect(model, tokenizer, tasks, config.max_length, "router"))
+    weights = heads.router_weights(heads.collect(model, tokenizer, tasks, config.max_length, "router")[0])
     for layer, tasks_scores in zip(weights, one_by_one(model, tokenizer, tasks, "router").values(), strict=True):
         loop = torch.stack([torch.stack([torch.softmax(token, 0) for z in samples for token in z]).mean(0)
                             for samples in tasks_scores])
@@ -88,7 +88,7 @@ def test_features_and_router_against_samples_one_by_one(trained, short):
 
 def test_principal_components_against_the_covariance(trained, short):
     config, tasks, model, tokenizer = heads.open_finished(trained / "align", "cpu")
-    features = heads.collect(model, tokenizer, tasks, config.max_length)
+    features = heads.collect(model, tokenizer, tasks, config.max_length)[0]
     points, owner, shares = heads.principal_components(features)
     table = torch.stack([torch.cat([z[:, layer].mean(0) for layer in range(35)])
                          for samples in features for z in samples]).double()
@@ -121,7 +121,8 @@ def test_what_is_printed_and_written(trained, short, capsys, monkeypatch):
     assert len(layers) == 35 and all(layer["head_cosine_start"] == pytest.approx(-0.25, abs=0.02) for layer in layers)
     assert all(layer["distance"] != layer["distance_start"] > 0 for layer in layers)
     mean = sum(layer["distance"] for layer in layers) / 35
-    assert printed.out.splitlines()[37].split()[-1] == f"{mean:.2f}"
+    line, = [line for line in printed.out.splitlines() if line.startswith("mean of the layers")]
+    assert line.split()[-1] == f"{mean:.2f}"
 
     report = heads.main(["--run", str(trained / "align"), "--device", "cpu"])
     assert report["router"] == {} and report["layers"][0]["head_cosine"] is None

@@ -1,5 +1,6 @@
 """Adapters to files and back: a file says all there is to say, and a bad one is refused before anything is changed."""
 
+import copy
 import json
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from conftest import make_batch, make_llama, randomize_adapters
 from safetensors.torch import load_file, save_file
 
-from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, save_adapter
+from tinylora_mtl import AdapterConfig, add_adapters, load_adapter, merge_adapters, remove_adapters, save_adapter
 from tinylora_mtl.adapters import LAYERS
+from tinylora_mtl.run.models import load_model
 
 IDS = make_batch()["input_ids"]
 
@@ -94,6 +96,75 @@ def test_a_bad_adapter_folder_is_refused_and_the_model_left_alone(tmp_path, kind
         load_adapter(model, tmp_path)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_options_of_later_versions_are_refused_by_name(tmp_path):
+    config, _ = saved(tmp_path)
+    rewrite(config, lambda c: c.update(some_new_option=None, another={}))
+    load_adapter(make_llama(), tmp_path)
+    rewrite(config, lambda c: c.update(some_new_option=3))
+    with pytest.raises(ValueError, match="it uses some_new_option, which this package does not have"):
+        load_adapter(make_llama(), tmp_path)
+
+
+def compiled(part):
+    """A small model in the wrapper of torch.compile, as a whole or a block of it."""
+    model = make_llama()
+    if part == "whole":
+        return torch.compile(model, backend="eager")
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("part", ["whole", "block"])
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_compiled_model_is_as_any_other(tmp_path, part, compiled_first):
+    """Compiled before the adapters go in, or after; saved, loaded into one, taken out and merged."""
+    if compiled_first:
+        model = compiled(part)
+        adapters = add_adapters(model, config_for("lora"))
+    else:
+        model = make_llama()
+        adapters = add_adapters(model, config_for("lora"))
+        if part == "whole":
+            model = torch.compile(model, backend="eager")
+        else:
+            model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    randomize_adapters(model)
+    assert len(adapters) == 6 and (part == "block" or not any("_orig_mod" in name for name in adapters))
+    expected = logits(model)
+    save_adapter(model, tmp_path)
+    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
+    for other in (make_llama(), compiled(part)):
+        load_adapter(other, tmp_path)
+        torch.testing.assert_close(logits(other), expected)
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    remove_adapters(other)
+    torch.testing.assert_close(logits(other), logits(make_llama()))
+
+
+def test_saving_a_whole_model_with_its_adapters_in_it_is_told(llama, tmp_path, recwarn):
+    """There where it is saved, and where it is to be loaded; not once they are out."""
+    add_adapters(llama, config_for("lora"))
+    with pytest.warns(UserWarning, match="what save_pretrained writes cannot be loaded; save_adapter saves them"):
+        copy.deepcopy(llama).save_pretrained(tmp_path / "m")
+    load_model("mini", "cpu")[1].save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="was saved with adapters in it, .* merge_adapters.* leaves a plain one"):
+        load_model(str(tmp_path / "m"), "cpu")
+    merge_adapters(llama)
+    recwarn.clear()
+    llama.save_pretrained(tmp_path / "plain")
+    assert not recwarn and "save_pretrained" not in vars(llama)
+
+
+def test_a_folder_without_a_tokenizer_says_so(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "m")
+    for family in ("llama", "gemma"):  # of which transformers would make up an empty one
+        config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"model_type": family}
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="m has no tokenizer .*; save that of the model that it was made from"):
+            load_model(str(tmp_path / "m"), "cpu")
 
 
 def test_saving_nothing_is_refused(llama, tmp_path):

@@ -238,7 +238,7 @@ FLAGS = {  # of train: what the line must say
     "--seed 99999999999999999999": "--seed must be at most 9223372036854775807",
     "--targets c_attn": "no linear layer matches the target 'c_attn'; the model has: down_proj, gate_proj",
     "--targets q_proj typo": "no linear layer matches the target 'typo'",
-    "--max-length 0": "--max-length must be at least 1", "--max-length 3": "max length 3",
+    "--max-length 0": "--max-length must be at least 1", "--max-length 3": "no room for its prompt in --max-length 3",
     "--max-length 257": "--max-length 257 is more than the 256 positions that the model has",
     "--dtype int8": "unknown dtype 'int8'; there are: auto, float32, bfloat16, float16",
     "--score guess": "unknown score 'guess'; there are: generate, choose",

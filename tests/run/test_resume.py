@@ -201,7 +201,7 @@ def test_an_old_run_leaves_nothing_to_a_new_one(tmp_path, few):
         at_step(patch, 1, kill)
         run(tmp_path, seed=1, overwrite=True, **SETTINGS)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left - {".lock"} == {"config.json", "metrics.jsonl"}
+    assert left - {".lock"} == {"config.json", "fingerprints.json", "metrics.jsonl"}
     results = training.resume(tmp_path)
     run(tmp_path / "fresh", seed=1, **SETTINGS)
     assert outcome(tmp_path) == outcome(tmp_path / "fresh") and results["seed"] == 1
@@ -243,7 +243,7 @@ def test_changed_settings_are_refused_by_name(tmp_path, few, capsys):
         with pytest.raises(ValueError, match=f"^{flags[0]} would make it another run"):
             training.parse(["--resume", str(tmp_path), *flags])
     same = flags_of(rank=2, tasks=TINY["tasks"], steps=7, dropout=0.2, method="align", out=tmp_path)
-    config, resuming = training.parse(["--resume", str(tmp_path), *same, "--device", "cpu", "--checkpoint-every", "2",
+    config, resuming, _ = training.parse(["--resume", str(tmp_path), *same, "--device", "cpu", "--checkpoint-every", "2",
                                     "--skip-bad-steps", "4"])
     assert resuming and (config.checkpoint_every, config.skip_bad_steps, config.out) == (2, 4, str(tmp_path))
     training.run(config, resuming)

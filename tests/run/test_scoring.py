@@ -15,7 +15,8 @@ from tinylora_mtl.evaluate import EXTRA_TOKENS
 from tinylora_mtl.run import scoring, training
 from tinylora_mtl.run.cli import run_command
 from tinylora_mtl.run.models import load_model
-from tinylora_mtl.run.scoring import average, average_interval, interval, say_cut, table, task_accuracy
+from tinylora_mtl.run.samples import say_cut
+from tinylora_mtl.run.scoring import average, average_interval, commonest, interval, table, task_accuracy
 
 
 @pytest.mark.slow
@@ -52,12 +53,24 @@ def test_table_fits_in_80_columns():
     long = "tracking_shuffled_objects"
     columns = {"before": {long: 0.5, "b": 0.0}, "after": {long: 0.25, "b": 1.0},
                "after adapting": {long: 1.0, "b": 1.0}}
-    lines = table(columns, {long: 100, "b": 50}).splitlines()
-    assert lines[1].split() == [long, "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
-                                "100"]
+    lines = table(columns, {long: 100, "b": 50}, {"b": 0.62}).splitlines()
+    assert lines[0].split()[-2:] == ["n", "commonest"]
+    assert lines[1].split() == ["tracki…fled_objects", "50.0", "(40-60)", "25.0", "(18-34)", "100.0", "(96-100)",
+                                "100", "-"]
+    assert lines[2].split()[-2:] == ["50", "62.0"]
     assert lines[3].split() == ["average", "25.0", "(20-31)", "62.5", "(57-67)", "100.0", "(96-100)", "150"]
     assert max(map(len, lines)) <= 80
-    assert max(map(len, table({"after": {"x" * 99: 0.5}}, {"x" * 99: 2000}).splitlines())) <= 80
+    assert table(columns, {long: 100, "b": 50}, {"b": 0.62, long: 0.5}).split()[-1] == "56.0"
+    del columns["after adapting"]
+    assert table(columns, {long: 100, "b": 50}, {}).splitlines()[1].startswith(long)  # two columns leave room for it
+    assert max(map(len, table({"after": {"x" * 99: 0.5}}, {"x" * 99: 2000}, {}).splitlines())) <= 80
+
+
+def test_what_the_commonest_training_answer_gets():
+    yes, no = [(f"y{i}", "yes") for i in range(9)], [(f"n{i}", "no") for i in range(6)]
+    closed = Task("closed", yes + no, [], [*no, *yes[:2]], ("no", "yes"))
+    free, untrained = Task("free", yes, [], no), Task("u", [], [], no, ("no",))
+    assert commonest([closed, free, untrained], "test") == {"closed": 2 / 8}
 
 
 def test_shots_are_training_samples_or_else_not_scored():
@@ -141,6 +154,8 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     (tmp_path / "config.json").write_text(json.dumps({"model": "mini", "tasks": ["navigate"]}))
     with pytest.raises(ValueError, match="does not fit this model"):
+        scoring.command(["--run", str(tmp_path), "--tasks", "word_sorting"])
+    with pytest.raises(ValueError, match="older version .* so test prompts of task 'navigate' may have been trained on"):
         scoring.command(["--run", str(tmp_path)])
 
 

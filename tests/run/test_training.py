@@ -104,8 +104,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_tasks(tmp_pa
 
 
 def test_every_flag_has_help_and_the_defaults_are_those_of_the_config():
-    assert parse([]) == (TrainConfig(), False)
-    config, resuming = parse("--tasks navigate web_of_lies --batch-size 6 --lr 0.1 --overwrite --targets q_proj".split())
+    assert parse([]) == (TrainConfig(), False, False) and parse(["--print-config"])[2]
+    config, resuming, _ = parse("--tasks navigate web_of_lies --batch-size 6 --lr 0.1 --overwrite --targets q_proj".split())
     assert not resuming
     assert config == TrainConfig(tasks=["navigate", "web_of_lies"], batch_size=6, lr=0.1, overwrite=True,
                                  targets=["q_proj"])

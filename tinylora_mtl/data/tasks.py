@@ -5,12 +5,15 @@
     tasks = load_tasks(["sst2", "gsm8k"])     # from the Hugging Face Hub: hub.py has the list
     tasks = load_tasks(["my_task.jsonl", "data/reviews"])   # your own: see `local_task`
 
-A task's splits are the same for every seed, and no training prompt is in its validation or test split.
+A task's splits are the same for every seed, and no training prompt is in its validation or test split. Where a split
+is made here, a hash of the prompt says which one a sample is in: it stays there when the file grows or is renamed.
 """
 
+import hashlib
 import json
 import os
 import random
+import unicodedata
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +25,7 @@ EMBEDDED = [*SKILLS, *LANGUAGES]
 SPLIT_SIZES = {"train": 500, "validation": 100, "test": 100}  # of every embedded task
 TASK_SETS = {"mini": list(SKILLS), "mini-multilingual": list(LANGUAGES),
              "bbh": [name for name in HUB_TASKS if name.startswith("bbh_")]}
-HELD_OUT = {"validation": 200, "test": 500}  # taken from the training samples where it is missing: 10 %, at most this
+HELD_OUT = {"test": (0.0, 0.1, 500), "validation": (0.1, 0.2, 200)}  # a split that is missing: a tenth, at most so many
 MAX_LABELS = 20
 
 
@@ -37,10 +40,10 @@ class Task:
     labels: tuple = ()  # the possible targets, if they are a closed set
 
 
-def load_tasks(names, samples=None, seed=0):
+def load_tasks(names, samples=None, seed=0, at_most=None):
     """The tasks behind a list of names (of tasks or task sets) and paths, in that order, each once.
 
-    samples: how many training samples of each task to keep, drawn with `seed`; None keeps all.
+    samples: how many training samples of each task to keep, drawn with `seed`; None keeps all, or `at_most` so many.
     Raises ValueError for an unknown or repeated name, for a file or row that cannot be used (with its line number), and
     for fewer training samples than asked for. A name goes before a path: write ./sst2 for a folder called sst2.
     """
@@ -56,7 +59,7 @@ def load_tasks(names, samples=None, seed=0):
                              "folder with train.jsonl and test.jsonl")
         if own_names.count(its_own) > 1:
             raise ValueError(f"task {its_own!r} is asked for more than once")
-    return [load_task(name, samples, seed) for name in wanted]
+    return [load_task(name, samples, seed, at_most) for name in wanted]
 
 
 def is_path(name):
@@ -69,14 +72,15 @@ def own_name(name):
     return Path(os.path.abspath(name)).name.removesuffix(".jsonl") if is_path(name) else name
 
 
-def load_task(name, samples, seed):
-    """One task by its name or path, with all or `samples` of its training samples."""
+def load_task(name, samples, seed, at_most):
+    """One task by its name or path, with all, `samples` or `at_most` so many of its training samples."""
     if name in EMBEDDED:
         task = make_task(name, embedded_samples(name))
     elif name in HUB_TASKS:
         task = make_task(name, hub_samples(name))
     else:
         task = local_task(Path(name))
+    samples = samples if at_most is None or samples is not None else min(at_most, len(task.train))
     if samples is None:
         return task
     if not 1 <= samples <= len(task.train):
@@ -97,8 +101,8 @@ def embedded_samples(name):
 def local_task(path):
     """A task of your own, from rows {"prompt": ..., "target": ...} in JSON Lines: a file, or a folder of them.
 
-    A folder has train.jsonl or test.jsonl or both. Without validation.jsonl a tenth of the training samples, 200 at
-    most, becomes the validation split; of a single file another tenth, 500 at most, the test split, all by prompt.
+    A folder has train.jsonl or test.jsonl or both. Without validation.jsonl about a tenth of the training samples
+    becomes the validation split; of a single file another tenth the test split (`make_task`).
     """
     if path.is_file():
         return make_task(own_name(path), {"train": read_jsonl(path)}, hold_out=["test", "validation"])
@@ -112,21 +116,35 @@ def local_task(path):
 def make_task(name, samples, hold_out=("validation",)):
     """A Task from {split: samples}; a split in `hold_out` that is missing is taken from the training samples.
 
-    A prompt that is in the test split too is dropped from the others, one in the validation split from training.
+    A prompt that is in the test split too is dropped from the others, one in the validation split from training. A
+    sample is held out if the hash of its prompt is in the split's tenth; of more than HELD_OUT of them those with the
+    smallest are taken, and the rest belongs to no split, for it may have been measured on before the file grew.
     """
     splits = {split: samples.get(split, []) for split in SPLIT_SIZES}
     for ahead, behind in (("test", "validation"), ("test", "train"), ("validation", "train")):
-        taken = {prompt for prompt, _ in splits[ahead]}
-        splits[behind] = [sample for sample in splits[behind] if sample[0] not in taken]
+        taken = {prompt_key(prompt) for prompt, _ in splits[ahead]}
+        splits[behind] = [sample for sample in splits[behind] if prompt_key(sample[0]) not in taken]
     for split in [split for split in hold_out if split not in samples]:
-        prompts = sorted({prompt for prompt, _ in splits["train"]})
-        held = set(random.Random(f"{name} {split}").sample(prompts, min(HELD_OUT[split], (len(prompts) + 9) // 10)))
-        splits[split] = [sample for sample in splits["train"] if sample[0] in held]
-        splits["train"] = [sample for sample in splits["train"] if sample[0] not in held]
+        low, high, most = HELD_OUT[split]
+        place = {sample: place_of(sample[0]) for sample in splits["train"]}
+        held = sorted({value for value in place.values() if low <= value < high})
+        last = held[:most][-1] if held else low
+        splits[split] = [sample for sample in splits["train"] if low <= place[sample] <= last]
+        splits["train"] = [sample for sample in splits["train"] if not low <= place[sample] < high]
     targets = [target for _, target in splits["train"] or splits["test"]]
     labels = set(targets)
     closed = len(labels) <= MAX_LABELS and 5 * len(labels) <= len(targets)  # few answers, each given again and again
     return Task(name, **splits, labels=tuple(sorted(labels)) if closed else ())
+
+
+def prompt_key(prompt):
+    """What makes two prompts the same one: the text, but for white space and how a character is composed."""
+    return unicodedata.normalize("NFC", " ".join(prompt.split()))
+
+
+def place_of(prompt):
+    """A number from 0 to 1 that depends on the prompt alone."""
+    return int.from_bytes(hashlib.sha256(prompt_key(prompt).encode()).digest()[:8], "big") / 2 ** 64
 
 
 def read_jsonl(path):
@@ -164,7 +182,9 @@ def require_samples(tasks, *splits):
         there = [f"{len(getattr(task, split))} {split}" for split in SPLIT_SIZES if getattr(task, split)]
         for split in splits:
             if not getattr(task, split):
-                hint = "; --split validation measures on those" if split == "test" and task.validation else ""
+                hint = "; --split validation measures on those" if split == "test" and task.validation else (
+                    "; of a file about a tenth becomes the validation split and a tenth the test split, by a hash of "
+                    "each prompt: give more rows, or a folder with train.jsonl and test.jsonl")
                 raise ValueError(f"task {task.name!r} has no {split} samples; "
                                  f"it has: {', '.join(there) or 'none'}{hint}")
 

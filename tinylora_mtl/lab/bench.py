@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from ..adapters import find_adapters, merge_adapters, target_names
+from ..adapters import find_adapters, merge_adapters
 from ..align import alignment
 from ..batching import encode_target
 from ..config import TrainConfig, resolve
@@ -30,6 +30,7 @@ from ..loss import NO_LABEL, label_logits, label_loss
 from ..meta import meta_gradients
 from ..multihead import MultiHeadLoRALinear
 from ..run import cli, files, models
+from ..targets import target_names
 from ..train import TrainState, train
 from .cost import begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
 from .report import markdown_table

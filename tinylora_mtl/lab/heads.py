@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from ..adapters import add_adapters, find_adapters, remove_adapters
-from ..align import VARIANCE_EPS, collect_features, real_tokens
+from ..align import VARIANCE_EPS, collect_features, of_every_token, real_tokens
 from ..batching import collate, encode
 from ..config import adapter_config
 from ..data.tasks import load_tasks, require_samples
 from ..evaluate import length_buckets
 from ..loss import label_logits
-from ..multihead import cosines, head_cosines, mean_of_pairs
-from ..run import adapter_files, cli, files, models, settings
+from ..run import adapter_files, cli, files, fingerprints, models, settings
+from ..run.likeness import cosines, head_cosines, mean_of_pairs
 from .pictures import draw_heads
 
 SAMPLES = 50  # validation samples of each task whose features are looked at
@@ -29,6 +29,9 @@ def open_finished(folder, device="auto"):
     config = settings.read_config(folder, finished=True)
     tasks = load_tasks(config.tasks)
     require_samples(tasks, "validation")
+    stored = fingerprints.read_fingerprints(folder)
+    for line in fingerprints.changes(stored, tasks, ["validation"]) if stored else ():
+        print(line)
     model, tokenizer, _ = models.load_model(config.model, device, config.dtype)
     adapter_files.load_adapter(model, Path(folder) / "adapter")
     return config, tasks, model, tokenizer
@@ -44,9 +47,11 @@ def back_to_start(model, config):
 
 @torch.no_grad()
 def collect(model, tokenizer, tasks, max_length, part="lora_A"):
-    """For each task a list of [length, layers, width], one for each of its first SAMPLES samples; float32, on the CPU.
+    """(for each task a list of [length, layers, width], one for each of its first SAMPLES samples; the layers' names).
 
-    part: "lora_A" for the features A x, "router" for the router's scores; at the real tokens, prompt and target.
+    part: "lora_A" for the features A x, "router" for the router's scores; at the real tokens, prompt and target, in
+    float32 and on the CPU. Layers that do not see every token (experts) are left out. Raises ValueError if none is
+    left, FloatingPointError for numbers that are not finite.
     """
     found = []
     for task in tasks:
@@ -56,10 +61,15 @@ def collect(model, tokenizer, tasks, max_length, part="lora_A"):
             batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id)
             with collect_features(model, part) as outputs:
                 label_logits(model, batch)
+            outputs = {name: z for name, z in outputs.items() if of_every_token(name, z, batch)}
+            if not outputs:
+                raise ValueError("no adapted layer sees every token, so there are no features to compare")
             z, _ = real_tokens(outputs, batch)  # [tokens, layers, width]
+            if not torch.isfinite(z).all():
+                raise FloatingPointError("the features A x are not finite, so nothing can be said of them")
             kept += z.float().cpu().split(batch["attention_mask"].sum(1).tolist())
         found.append(kept)
-    return found
+    return found, list(outputs)
 
 
 def symmetric_kl(mean, variance, other_mean, other_variance):
@@ -114,20 +124,24 @@ def inspect_run(folder, device="auto"):
     adapters, names = find_adapters(model), [task.name for task in tasks]
 
     def state():  # of the adapters that are in the model
-        features = collect(model, tokenizer, tasks, config.max_length)
-        return features, task_distances(features), head_cosines(model).get("head_cosine", [None] * len(adapters))
+        features, seen = collect(model, tokenizer, tasks, config.max_length)
+        return features, seen, task_distances(features), head_cosines(model).get("head_cosine", [None] * len(adapters))
 
-    def of_pairs(matrices):  # None where there is only one task
-        return [mean_of_pairs(matrix).item() if len(matrix) > 1 else None for matrix in matrices]
+    def of_pairs(matrices):  # None where there is only one task, or the layer does not see every token
+        found = {name: mean_of_pairs(matrix).item() for name, matrix in zip(seen, matrices) if len(matrix) > 1}
+        return [found.get(name) for name in adapters]
 
-    features, apart, heads_alike = state()
+    features, seen, apart, heads_alike = state()
+    if len(seen) < len(adapters):
+        print(f"{len(adapters) - len(seen)} layers do not see every token (experts), so their features are left out: "
+              f"{', '.join([name for name in adapters if name not in seen][:3])}, …")
     heads = [cosines(adapter.heads.detach().flatten(1).cpu()) for adapter in adapters.values()
              if len(getattr(adapter, "heads", ())) > 1]
     router = []
     if any(getattr(adapter, "router", None) for adapter in adapters.values()):
-        router = router_weights(collect(model, tokenizer, tasks, config.max_length, "router")).mean(0).tolist()
+        router = router_weights(collect(model, tokenizer, tasks, config.max_length, "router")[0]).mean(0).tolist()
     back_to_start(model, config)
-    _, apart_at_start, heads_alike_at_start = state()
+    _, _, apart_at_start, heads_alike_at_start = state()
     columns = {"layer": adapters, "head_cosine_start": heads_alike_at_start, "head_cosine": heads_alike,
                "task_cosine": of_pairs(task_cosines(features)), "distance_start": of_pairs(apart_at_start),
                "distance": of_pairs(apart)}
@@ -144,7 +158,8 @@ def findings_text(findings):
         return f"{name:38}" + "".join(f"{'-' if value is None else f'{value:.{digits}f}':>9}" for value in values)
 
     rows = [[value for name, value in layer.items() if name != "layer"] for layer in findings["layers"]]
-    means = [None if None in column else sum(column) / len(column) for column in zip(*rows)]
+    columns = [[value for value in column if value is not None] for column in zip(*rows)]
+    means = [sum(column) / len(column) if column else None for column in columns]
     lines = [f"{'':38}{'heads alike':>18}{'tasks':>9}{'tasks apart':>18}",
              f"{'layer':38}" + "".join(f"{time:>9}" for time in ("start", "now", "now", "start", "now"))]
     lines += [row(layer["layer"][-37:], values) for layer, values in zip(findings["layers"], rows)]

@@ -4,30 +4,41 @@ PEFT loads the LoRA ones; the multi-head ones carry a type of their own. A file 
 before it is believed, and cannot run code.
 """
 
+import json
+import re
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..adapters import (LAYERS, AdapterConfig, adapter_parameters, add_adapters, find_adapters, make_adapter,
-                        target_names)
-from ..lora import is_linear, linear_shape
+from ..adapters import LAYERS, AdapterConfig, adapter_parameters, add_adapters, find_adapters, make_adapter
+from ..lora import linear_shape
 from ..multihead import MultiHeadLoRALinear
+from ..targets import linear_layers, target_names, unwrap
 from .files import read_json, write_file, write_json
+from .fingerprints import of_base
 
 MULTIHEAD = "TINYLORA_MTL_MULTIHEAD"
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "use_qalora",
-               "alora_invocation_tokens", "lora_bias")  # options of PEFT's that change what a LoRA computes
+BASE = "base_sha256"  # the entry in the tensors' file, not in PEFT's JSON, that says which base the adapter is for
+INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # of A and B; PiSSA and its kin change the base
+UNREAD = ("task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform",
+          "layers_pattern", "fan_in_fan_out", "inference_mode", "auto_mapping", "peft_version", "revision",
+          "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config",
+          "megatron_core", "qalora_group_size", "runtime_config")  # how an adapter was made or trained, or what the tensors tell too
+READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "method", "heads", "init_lora_weights",
+        "rank_pattern", "alpha_pattern", "bias")
 
 
 def save_adapter(model, folder):
     """Write the adapters of a model to `folder`, as adapter_config.json and adapter_model.safetensors.
 
     LoRA adapters (A [r, d_in], B [d_out, r]) are files of PEFT, scaling included (`r`, `lora_alpha`, and `use_rslora`
-    for arXiv 2312.03732). Raises ValueError without adapters, OSError where they cannot be written.
+    for arXiv 2312.03732). The model may be compiled. ValueError without adapters, OSError where they cannot be written.
     """
+    model = unwrap(model)
     adapters = find_adapters(model)
     if not adapters or not hasattr(model, "adapter_config"):
         raise ValueError("the model has no adapters to save that add_adapters put in")
@@ -36,7 +47,7 @@ def save_adapter(model, folder):
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout or 0.0,
-        "use_rslora": first.rank_stabilized, "target_modules": list(adapters), "bias": "none",
+        "use_rslora": first.rank_stabilized, "target_modules": list(map(own_name, adapters)), "bias": "none",
         "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear), "inference_mode": True,
     }
     if isinstance(first, MultiHeadLoRALinear):
@@ -46,7 +57,12 @@ def save_adapter(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", description)
     tensors = {file_key(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
-    write_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    content = save(tensors, {"format": "pt", BASE: of_base(model)})
+    length = int.from_bytes(content[:8], "little")  # of the header, whose two entries come in no fixed order
+    header = json.loads(content[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    write_file(folder / "adapter_model.safetensors", content[:8] + header + content[8 + length:])
 
 
 def load_adapter(model, folder):
@@ -54,8 +70,10 @@ def load_adapter(model, folder):
 
     Returns {layer name: adapter}; a layer W [d_out, d_in] has one as in `add_adapters`. Raises FileNotFoundError if a
     file is missing, and ValueError, before the model is changed, for another kind of adapter, values of a wrong type or
-    size, and tensors that are missing, too many, of another shape or not finite. No file that is loaded can run code.
+    size, for options of PEFT's that mean something which is not here, and for tensors that are missing, too many, of
+    another shape or not finite. Warns if the adapter was trained on other base weights. No file can run code.
     """
+    model = unwrap(model)
     if find_adapters(model):
         raise ValueError("the model already has adapters; remove_adapters(model) takes them out")
     folder = Path(folder)
@@ -63,10 +81,14 @@ def load_adapter(model, folder):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {file}")
     try:
-        config = read_description(read_json(folder / "adapter_config.json"))
-        tensors = read_tensors(folder / "adapter_model.safetensors", config, model)
+        description = read_json(folder / "adapter_config.json")
+        config = read_description(description)
+        tensors, base = read_tensors(folder / "adapter_model.safetensors", config, description, model)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder} is not an adapter that can be loaded: {str(error):.400}") from error
+    if base not in (None, of_base(model)):
+        warnings.warn(f"the adapter in {folder} was trained on other base weights than this model has, so it may do "
+                      "anything here", stacklevel=2)
     adapters = add_adapters(model, config)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
@@ -79,11 +101,13 @@ def read_description(description):
     kind = description.get("peft_type")
     if kind not in ("LORA", MULTIHEAD):
         raise ValueError(f"its type is {kind!s:.60}, not LoRA or a multi-head adapter of this package")
-    unsupported = [key for key in UNSUPPORTED if description.get(key)]
-    if description.get("init_lora_weights") not in (None, True, False, "gaussian"):
-        unsupported += ["init_lora_weights"]  # PiSSA and its kin change the base weights
+    unsupported = [f"{key:.60}" for key, value in description.items() if value and key not in READ + UNREAD]
+    if description.get("init_lora_weights") not in INITS:
+        unsupported += ["init_lora_weights"]
+    if description.get("bias") not in (None, "none"):
+        unsupported += ["bias"]
     if unsupported:
-        raise ValueError(f"it uses {', '.join(unsupported)}, which this package does not have")
+        raise ValueError(f"it uses {', '.join(unsupported[:5])}, which this package does not have")
 
     def number(name, low, high, default=None, kinds=(int, float)):
         value = default if description.get(name) is None else description[name]
@@ -102,36 +126,76 @@ def read_description(description):
                          rank_stabilized=stabilized)
 
 
-def read_tensors(file, config, model):
-    """{key: tensor} of an adapter's file; fills in the config's targets. Shapes are compared before any is read."""
+def read_tensors(file, config, description, model):
+    """({key: tensor} of an adapter's file, the hash of its base or None); fills in what the config lacks.
+
+    Shapes are compared before any tensor is read.
+    """
     with safe_open(file, "pt") as stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
-        config.targets = tuple(sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in shapes
-                                       if ".lora_A" in key}))
-        linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-        for name in config.targets or ["?"]:
+        linear = {own_name(name): name for name in linear_layers(model)[0]}
+        layers = sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in shapes if ".lora_A" in key})
+        for name in layers or ["?"]:
             if name not in linear:
-                raise ValueError(f"it is for another model: there is no layer {name:.100}")
+                raise ValueError(f"it is for another model: there is no layer {name:.100} that can have it")
+        config.targets = tuple(linear[name] for name in layers)
+        read_patterns(config, description, layers, shapes)
         wanted = {}
         for name in target_names(model, config.targets):
-            base = torch.nn.Linear(*linear_shape(linear[name]), device="meta")  # shapes, no memory
+            base = torch.nn.Linear(*linear_shape(model.get_submodule(name)), device="meta")  # shapes, no memory
             wanted |= {file_key(f"{name}.{part}"): tuple(parameter.shape) for part, parameter
                        in make_adapter(base, config).named_parameters() if not part.startswith("base.")}
+        for key in [key for key in shapes if key not in wanted and is_copy(stored, key, model)]:
+            del shapes[key]  # PEFT adds the base weight of an output head that is adapted
         wrong = [f"{key} is missing" for key in wanted if key not in shapes]
         wrong += [f"{key:.100} is not known" for key in shapes if key not in wanted]
         wrong += [f"{key} has shape {list(shapes[key])}, not {list(shape)}" for key, shape in wanted.items()
                   if key in shapes and shapes[key] != shape]
         if wrong:
             raise ValueError(f"it does not fit this model: {wrong[0]}")
-        tensors = {key: stored.get_tensor(key) for key in wanted}
+        tensors, base = {key: stored.get_tensor(key) for key in wanted}, (stored.metadata() or {}).get(BASE)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{key} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
         if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{key} holds a number that is not finite")
-    return tensors
+    return tensors, base
+
+
+def read_patterns(config, description, layers, shapes):
+    """Put PEFT's rank_pattern and alpha_pattern into a config; ValueError, with the field's name, if layers differ."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(description.get(field) or {}, dict):
+            raise ValueError(f"its {field} is {description[field]!r:.60}, not an object")
+    if description.get("rank_pattern"):
+        ranks = {shapes.get(f"{PREFIX}{name}.lora_A.weight", (0,))[0] for name in layers}
+        if len(ranks) > 1 or not 1 <= max(ranks) <= 4096:
+            raise ValueError(f"its rank_pattern gives its layers the ranks {sorted(ranks)}, and here all have the same")
+        config.rank, = ranks
+    pattern = description.get("alpha_pattern") or {}
+    for key, alpha in pattern.items():
+        if not re.fullmatch(r"[\w.]+", key) or type(alpha) not in (int, float) or not 0 <= alpha <= 10 ** 6:
+            raise ValueError(f"its alpha_pattern has an entry that is not read here: {key!r:.60}: {alpha!r:.60}")
+    alphas = {next((alpha for key, alpha in pattern.items() if f".{name}".endswith(f".{key}")), config.alpha)
+              for name in layers}
+    if len(alphas) > 1:
+        raise ValueError(f"its alpha_pattern gives its layers the alphas {sorted(alphas)}, and here all have the same")
+    config.alpha, = alphas
+
+
+def is_copy(stored, key, model):
+    """Whether a key of a file holds what the model has under its name, to the precision of bfloat16."""
+    own = model.state_dict().get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    if own is None or tuple(stored.get_slice(key).get_shape()) != tuple(own.shape):
+        return False
+    return torch.equal(stored.get_tensor(key).to(torch.bfloat16), own.to("cpu", torch.bfloat16))
+
+
+def own_name(name):
+    """The name of a layer or parameter, also if a part of the model is compiled."""
+    return name.replace("_orig_mod.", "")
 
 
 def file_key(name):
     """The key in a PEFT file of a parameter of `adapter_parameters`."""
-    return PREFIX + (name if name.endswith(".weight") else f"{name}.weight")
+    return PREFIX + own_name(name if name.endswith(".weight") else f"{name}.weight")

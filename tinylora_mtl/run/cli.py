@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import warnings
 
 import torch
 
@@ -66,7 +67,14 @@ class StopSignals:
 
 
 def run_command(command):
-    """Run a command; one of USER_ERRORS ends in its line and status 2, a signal in a line and 128 + its number."""
+    """Run a command; one of USER_ERRORS ends in its line and status 2, a signal in a line and 128 + its number.
+
+    A warning is a line too, and what the console cannot show is printed as \\uXXXX.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *more: f"warning: {one_line(message)}\n"
     try:
         command()
     except USER_ERRORS as error:

@@ -12,6 +12,7 @@ from .checkpoint import FORMAT, list_checkpoints
 from .cli import Stopped
 from .distributed import gather, process_rank
 from .files import make_folder, write_json
+from .fingerprints import FILE, check_same, write_fingerprints
 from .settings import MAY_DIFFER, read_config
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)  # of a network disk: better unguarded than not at all
@@ -19,12 +20,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, or a l
 
 
 @contextmanager
-def open_run(config, resuming):
+def open_run(config, resuming, model, tasks):
     """Within the block, the run folder (yielded) is this process's alone; a new run's has its config.json.
 
-    Raises FileExistsError for a folder that already holds a run (unless --overwrite), BlockingIOError for one that
-    another process is using, OSError for one that cannot be made. A full disk and a signal leave the block with a
-    message that says how to go on. Of several processes the first does all that, for all.
+    It has the fingerprints of the base and the tasks too; ValueError to go on with others. Raises FileExistsError for a
+    folder that already holds a run (unless --overwrite), BlockingIOError for one that another process is using, OSError
+    for one that cannot be made. A full disk and a signal leave the block with a message that says how to go on. Of
+    several processes the first does all that, for all.
     """
     if process_rank() > 0:
         yield gather(None)[0]
@@ -39,6 +41,9 @@ def open_run(config, resuming):
         try:
             if not resuming:
                 clear(folder)
+                write_fingerprints(folder, model, tasks)  # before config.json, which makes the folder a run
+            else:
+                check_same(folder, model, tasks)
             if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
                 write_json(folder / "config.json", {"format": FORMAT} | asdict(config))
             gather(folder)
@@ -67,7 +72,7 @@ def free_folder(config):
 
 def clear(folder):
     """Take an old run out of a folder: never an old result or checkpoint beside a new config."""
-    for old in ("config.json", "results.json", "metrics.jsonl", "adapter/adapter_config.json",
+    for old in ("config.json", FILE, "results.json", "metrics.jsonl", "adapter/adapter_config.json",
                 "adapter/adapter_model.safetensors"):
         (folder / old).unlink(missing_ok=True)
     for old in list_checkpoints(folder):

@@ -7,12 +7,12 @@ import time
 from tqdm.auto import tqdm
 
 from ..batching import collate
-from ..multihead import head_cosines
 from ..train import train
 from .checkpoint import capture, open_metrics, save_checkpoint, synced_length
 from .cli import Stopped
 from .distributed import gather, process_rank
 from .gradients import gradients_for
+from .likeness import head_cosines
 from .models import compile_model
 
 

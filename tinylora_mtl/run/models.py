@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..adapters import adapter_parameters
-from ..loss import label_loss
+from ..evaluate import check_finite
+from ..loss import forward, label_loss
 from ..meta import fork_rng
 
 MINI = Path(__file__).parents[1] / "assets" / "mini"
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken", "*.spm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +35,9 @@ def load_model(name, device="auto", dtype="auto"):
     if source.is_dir():
         if not (source / "config.json").is_file():
             raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
+        if not any(found for pattern in TOKENIZER_FILES for found in source.glob(pattern)):  # some make up an empty one
+            raise ValueError(f"the folder {name} has no tokenizer (tokenizer.json, say); save that of the model that it "
+                             f"was made from there too: AutoTokenizer.from_pretrained(...).save_pretrained({name!r})")
         return load(source, device, dtype, local_files_only=True)
     try:
         return load(name, device, dtype, local_files_only=True)
@@ -64,15 +69,37 @@ def load(source, device, dtype, local_files_only):
         raise ValueError(f"the model in {source} cannot be loaded: {str(error):.300}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if any(".base.weight" in key for key in found["unexpected_keys"]):
+        raise ValueError(f"the model in {source} was saved with adapters in it, so nothing can load it; merge_adapters("
+                         "model) or remove_adapters(model) before save_pretrained leaves a plain one")
     if found["missing_keys"]:
         raise ValueError(f"the model in {source} lacks weights, {sorted(found['missing_keys'])[0]} for one: random "
                          "ones would stand in for them; give the whole model")
     model.to(device).eval()
+    check_causal(model, source)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {source} has no end token, so no answer would ever end")
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do that the model has
     return model, tokenizer, device
+
+
+@torch.no_grad()
+def check_causal(model, source):
+    """ValueError for a model whose logits after some tokens change with the tokens behind them, or with padding before.
+
+    FloatingPointError for logits that are not finite.
+    """
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 1, 2, 3, 4]]) % model.get_input_embeddings().weight.shape[0]
+    mask = torch.tensor([[1] * 8, [0] * 4 + [1] * 4])
+    logits = forward(model, ids.to(model.device), mask.to(model.device), 8).logits.float()  # [2, 8, vocabulary]
+    check_finite(None, logits)
+    one, other = logits[0, 3], logits[1, 7]  # after 1, 2, 3, 4
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.1
+    if (one - other).abs().max() > rounding * one.abs().max():
+        raise ValueError(f"the model in {source} ({type(model).__name__}) cannot be used here: what it says after some "
+                         "tokens changes with the tokens that follow, so that in training it would see the answers, or "
+                         "with padding before them")
 
 
 def compile_model(model, batch):

@@ -1,19 +1,24 @@
 """Accuracy per task, with intervals: the command behind python -m tinylora_mtl.evaluate"""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..batching import encode_prompt, encode_target
 from ..config import TrainConfig
-from ..data.tasks import check_labels, load_tasks, require_samples, with_shots
-from ..evaluate import EXTRA_TOKENS, accuracy, choose_answers, generate_answers, is_right
+from ..data.tasks import check_labels, load_tasks, own_name, require_samples, with_shots
+from ..evaluate import accuracy, generate_answers, is_right
 from ..evaluate import __doc__ as description
 from .adapter_files import load_adapter
 from .cli import Parser, run_command, whole
 from .distributed import merge, process_rank, world_size
+from .fingerprints import check_not_trained_on
 from .models import load_model, pick_length
+from .ranking import choose_answers
+from .samples import check_samples
 from .settings import read_config
+
+WHAT_COMMONEST_IS = "commonest: what the commonest training answer gets, of tasks with few answers"
 
 
 def task_answers(model, tokenizer, task, split, max_length, score):
@@ -62,44 +67,43 @@ def average_interval(values, counts):
     return [max(0.0, average(values) - below), min(1.0, average(values) + above)]
 
 
-def table(columns, counts):
+def table(columns, counts, common):
     """Lines of a table: a row for each task and one for the average, in percent with 95 % intervals, and the samples.
 
-    columns: {heading: {task: accuracy}}; counts: {task: number of samples}. Long task names are cut to fit 80 columns.
+    columns: {heading: {task: accuracy}}; counts: {task: number of samples}; common: what `commonest` returns, the last
+    column. Long task names are cut to fit 80 columns.
     """
-    width = min(max(len(name) for name in [*counts, "average"]), 73 - 16 * len(columns))
+    width = min(max(len(name) for name in [*counts, "average"]), 64 - 15 * len(columns))
 
-    def row(name, cells, count):
+    def row(name, cells, count, last):
         name = name if len(name) <= width else f"{name[:width - 13]}…{name[-12:]}"  # names often differ at the end
-        return f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"{count:>7}"
+        return (f"{name:{width}}" + "".join(f"{cell:>15}" for cell in cells) + f"{count:>6}{last:>10}").rstrip()
 
     def cell(value, limits):
         return f"{100 * value:.1f} ({100 * limits[0]:.0f}-{100 * limits[1]:.0f})"
 
-    lines = [row("", columns, "n")]
-    lines += [row(name, [cell(column[name], interval(column[name], counts[name])) for column in columns.values()],
-                  counts[name]) for name in counts]
-    lines += [row("average", [cell(average(column), average_interval(column, counts)) for column in columns.values()],
-                  sum(counts.values()))]
+    lines = [row("", columns, "n", "commonest")]
+    for name in counts:
+        cells = [cell(column[name], interval(column[name], counts[name])) for column in columns.values()]
+        lines += [row(name, cells, counts[name], f"{100 * common[name]:.1f}" if name in common else "-")]
+    cells = [cell(average(column), average_interval(column, counts)) for column in columns.values()]
+    lines += [row("average", cells, sum(counts.values()), f"{100 * average(common):.1f}" if len(common) == len(counts)
+                  else "")]
     return "\n".join(lines)
 
 
-def say_cut(tokenizer, tasks, split, max_length):
-    """Print how many prompts of a split are too long for `max_length`, answer included, so that they are cut.
+def commonest(tasks, split):
+    """{task: the share of a split that its commonest training answer gets right}, for tasks with a closed set of labels.
 
-    Raises ValueError for a target that leaves no room for its prompt.
+    What a model reaches that has learned nothing but the commonest answer.
     """
-    samples, cut = [(task.name, *sample) for task in tasks for sample in getattr(task, split)], 0
-    for name, prompt, target in samples:
-        new_tokens = len(encode_target(tokenizer, target)) + EXTRA_TOKENS
-        if new_tokens >= max_length:
-            raise ValueError(f"task {name!r}: a target of {new_tokens - EXTRA_TOKENS} tokens, and {EXTRA_TOKENS} to "
-                             f"spare, leaves no room for its prompt in --max-length {max_length}: {target[:40]!r}")
-        if len(prompt.encode()) + 8 > max_length - new_tokens:  # a token is a byte at least; most need no closer look
-            cut += len(encode_prompt(tokenizer, prompt, 10 ** 9)) > max_length - new_tokens
-    if cut:
-        print(f"{cut} of {len(samples)} {split} prompts are too long for --max-length {max_length}: "
-              "their beginning is cut")
+    shares = {}
+    for task in tasks:
+        if task.labels and task.train:
+            count = Counter(target for _, target in sorted(task.train))
+            answer, samples = count.most_common(1)[0][0], getattr(task, split)
+            shares[task.name] = accuracy([answer] * len(samples), samples)
+    return shares
 
 
 def show(model, tokenizer, task, split, count, max_length, score):
@@ -133,19 +137,23 @@ def command(argv=None):
     tasks = load_tasks(args.tasks or run.tasks)
     require_samples(tasks, split)
     check_labels(tasks, score)
+    if args.run and not args.adapter:
+        check_not_trained_on(args.run, [own_name(name) for name in run.tasks], tasks, split)
+    common = commonest(tasks, split)
     if args.shots:
         tasks = [with_shots(task, split, args.shots) for task in tasks]
     model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, args.max_length or run.max_length)
-    say_cut(tokenizer, tasks, split, max_length)
+    check_samples(model, tokenizer, tasks, split, max_length, score)
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
     scores = accuracies(model, tokenizer, tasks, split, max_length, score)
+    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}, common))
+    print(f"{split} accuracy in percent, with its 95 % interval over the n samples; scored by {score}\n"
+          f"{WHAT_COMMONEST_IS}")
     for task in tasks if args.show else []:
         show(model, tokenizer, task, split, args.show, max_length, score)
-    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}))
-    print(f"{split} accuracy in percent, with its 95 % interval over the n samples; scored by {score}")
     return scores
 
 

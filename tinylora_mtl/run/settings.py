@@ -134,8 +134,9 @@ def resume_config(folder, **changes):
     config = replace(read_config(folder), out=str(folder), overwrite=False)
     if not (Path(folder) / "results.json").is_file():  # else nothing is left to do
         check_format(read_json(Path(folder) / "config.json"), f"the run in {folder}")
-    for name, value in changes.items():
-        had = getattr(config, name)
+    now = with_full_paths(replace(config, **changes))
+    for name in changes:
+        had, value = getattr(config, name), getattr(now, name)
         value, had = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, had)]
         if value != had and name not in MAY_DIFFER:
             raise ValueError(f"{flag_of(name)} would make it another run: {folder} has {had}, not {value}; "

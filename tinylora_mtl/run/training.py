@@ -4,29 +4,36 @@
     results = run(TrainConfig(method="rlora", steps=100, out="runs/mine"))
 """
 
+import json
+import re
 import sys
+import textwrap
 import time
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from ..adapters import adapter_parameters, add_adapters
+from ..adapters import adapter_parameters, add_adapters, find_adapters
 from ..batching import BalancedBatches, Episodes, collate
-from ..config import TrainConfig, adapter_config, resolve
+from ..config import META_SAMPLES, TrainConfig, adapter_config, resolve
 from ..data.tasks import load_tasks
 from ..meta import adapted_to
+from ..targets import linear_layers
 from ..train import TrainState
 from ..train import __doc__ as description
 from .adapter_files import save_adapter
 from .checkpoint import Progress, load_checkpoint, restore
 from .cli import Parser, StopSignals, run_command
-from .distributed import merge, process_group, process_rank, world_size
+from .distributed import gather, merge, process_group, process_rank, world_size
 from .files import read_json, write_json
 from .folder import open_run
 from .loop import run_steps
 from .models import load_model, pick_length
-from .scoring import accuracies, average, average_interval, say_cut, table, task_accuracy
+from .samples import check_samples
+from .scoring import (WHAT_COMMONEST_IS, accuracies, average, average_interval, commonest, table,
+                      task_accuracy)
 from .settings import add_flags, check, check_sizes, resume_config, with_full_paths
 
 
@@ -39,20 +46,15 @@ def run(config, resuming=False, stop=None, before=None):
     holds a run, FloatingPointError for numbers that are not finite.
     """
     began = time.perf_counter()
-    check(config)
     if resuming and (Path(config.out) / "results.json").is_file():
         print(f"the run in {config.out} is finished: nothing is left to do")
         return read_json(Path(config.out) / "results.json")
-    config = with_full_paths(resolve(config))
-    tasks = load_tasks(config.tasks, config.samples, config.seed)
-    check_sizes(config, tasks)
-    model, tokenizer, device = load_model(config.model, config.device, config.dtype)
-    config = replace(config, max_length=pick_length(model, config.max_length))
+    config, tasks, model, tokenizer, device = set_up(config)
+    check_samples(model, tokenizer, tasks, config.split, config.max_length, config.score, training=True)
     state = prepare(config, model, tokenizer, tasks)
-    say_cut(tokenizer, tasks, config.split, config.max_length)
-    with open_run(config, resuming) as folder:
+    with open_run(config, resuming, model, tasks) as folder:
         counts = {task.name: len(getattr(task, config.split)) for task in tasks}
-        scoring = config.split, config.max_length, config.score
+        scoring, common = (config.split, config.max_length, config.score), commonest(tasks, config.split)
         results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
                    "samples": counts} | describe(config, model, tasks, device)
         content = load_checkpoint(folder) if resuming else None
@@ -70,15 +72,25 @@ def run(config, resuming=False, stop=None, before=None):
             columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, state.batches, config)
         results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
         results |= {f"average_{name}_interval": average_interval(columns[name], counts) for name in columns}
-        results["skipped_steps"] = progress.skipped_steps
+        results |= {"commonest": common, "skipped_steps": progress.skipped_steps}
         results["seconds"] = round(time.perf_counter() - began, 1)
         if process_rank() == 0:
             save_adapter(model, folder / "adapter")
             write_json(folder / "results.json", results)  # the last file: with it, the run is finished
-    print(table({name.replace("_", " "): column for name, column in columns.items()}, counts))
-    print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n"
+    print(table({name.replace("_", " "): column for name, column in columns.items()}, counts, common))
+    print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n{WHAT_COMMONEST_IS}\n"
           f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
     return results
+
+
+def set_up(config):
+    """(config with every default filled in, tasks, model, tokenizer, device) of a run; ValueError as `run`."""
+    check(config)
+    config = with_full_paths(resolve(config))
+    tasks = load_tasks(config.tasks, config.samples, config.seed, META_SAMPLES if config.method == "meta" else None)
+    check_sizes(config, tasks)
+    model, tokenizer, device = load_model(config.model, config.device, config.dtype)
+    return replace(config, max_length=pick_length(model, config.max_length)), tasks, model, tokenizer, device
 
 
 def resume(folder):
@@ -107,15 +119,49 @@ def prepare(config, model, tokenizer, tasks):
 
 def describe(config, model, tasks, device):
     """Print what is going to happen; returns the numbers of parameters, for the results."""
-    trainable = sum(p.numel() for p in adapter_parameters(model).values())
-    total = sum(p.numel() for p in model.parameters())
+    parameters = adapter_parameters(model)
+    trainable = sum(parameter.numel() for parameter in parameters.values())
+    routers = sum(parameter.numel() for name, parameter in parameters.items() if name.endswith("router.weight"))
+    total = sum(parameter.numel() for parameter in model.parameters())
     sizes = [len(task.train) for task in tasks]
     span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     where = device if world_size() == 1 else f"{device}, in {world_size()} processes"
+    of_routers = f", {routers:,} of them in routers" if routers else ""
     print(f"{config.method} on {Path(config.model).name}: {len(tasks)} tasks of {span} training samples\n"
           f"{config.steps} steps at a learning rate of {config.lr:g}, on {where}\n"
-          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %)")
-    return {"trainable_parameters": trainable, "total_parameters": total}
+          f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.1f} %){of_routers}")
+    for line in coverage(model):
+        print(textwrap.fill(line, 80))
+    return {"trainable_parameters": trainable, "router_parameters": routers, "total_parameters": total}
+
+
+def coverage(model):
+    """Lines on which layers have adapters, what share of the body's weights they are, and what cannot have any.
+
+    The body is all of the base but embeddings and output head.
+    """
+    adapters, head = find_adapters(model), model.get_output_embeddings()
+    outside = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] + [getattr(head, "base", head)]
+    outside = {id(m.weight) for m in outside if m is not None}
+    outside |= {id(parameter) for parameter in adapter_parameters(model).values()}
+    body = {name: p for name, p in model.named_parameters() if id(p) not in outside}
+    size = sum(parameter.numel() for parameter in body.values())
+    under = {id(adapter.base.weight) for adapter in adapters.values()}  # a weight may be that of several layers
+    covered = sum(parameter.numel() for parameter in body.values() if id(parameter) in under)
+    kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in adapters)
+    yield f"adapters on {', '.join(kinds)}: {100 * covered / max(size, 1):.0f} % of the body's weights"
+    reasons = {}  # why not: on what
+    for name, why in linear_layers(model)[1].items():
+        if not name.startswith(tuple(f"{adapter}." for adapter in adapters)):
+            reasons.setdefault(why, {})[name.rsplit(".", 1)[-1]] = None
+    fused = Counter()  # the weights of several experts in one parameter
+    for name, parameter in body.items():
+        fused[re.sub(r".*\.\d+\.", "", name)] += parameter.numel() if parameter.dim() > 2 else 0
+    for name, count in fused.items():
+        if count > 0.05 * size:
+            reasons.setdefault("not of a linear layer", {})[f"{name}, {100 * count / size:.0f} %"] = None
+    for why, names in reasons.items():
+        yield f"no adapter can be on {', '.join(names)} ({why})"
 
 
 def say_idle(parameters):
@@ -140,22 +186,33 @@ def accuracies_after_adapting(model, tokenizer, tasks, batches, config):
 
 
 def parse(argv=None):
-    """Command line -> (TrainConfig, whether it is a run to go on with).
+    """Command line -> (TrainConfig, whether it is a run to go on with, whether its settings are only to be printed).
 
     argparse itself answers unknown flags and values, with exit status 2; ValueError as in `resume_config`.
     """
     parser = Parser("train", description)
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, which has its settings")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, which has its settings; "
+                        "auto: go on with the run in --out if there is one, otherwise start it")
+    parser.add_argument("--print-config", action="store_true", help="print all settings in force, and end")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    folder = given.pop("resume")
-    return (TrainConfig(**given), False) if folder is None else (resume_config(folder, **given), True)
+    folder, only_print = given.pop("resume"), given.pop("print_config")
+    if folder == "auto":
+        if not given.get("out"):
+            raise ValueError("--resume auto needs --out, the folder to look in")
+        begun, = gather((Path(given["out"]) / "config.json").is_file())[:1]  # the first process says it for all
+        folder = given["out"] if begun else None
+    config, resuming = (TrainConfig(**given), False) if folder is None else (resume_config(folder, **given), True)
+    return config, resuming, only_print
 
 
 def command(argv=None):
     """The command: a signal ends it between two steps, with a checkpoint."""
     with process_group():
-        config, resuming = parse(argv)
+        config, resuming, only_print = parse(argv)
+        if only_print:
+            print(json.dumps(asdict(set_up(config)[0]), indent=2))
+            return
         with StopSignals() as stop:
             run(config, resuming, stop)
 
