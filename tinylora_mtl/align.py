@@ -49,21 +49,19 @@ def alignment_loss(features, batch, kind="kl"):
 
     features: what `collect_features` left, {layer: z [batch, length, r]}; batch: `attention_mask` [batch, length] says
     which tokens are real, `task_ids` [batch] whose they are; kind: "kl" or "mmd" -> a scalar.
-    Raises ValueError if the features have no gradient while gradients are on: the term would train nothing.
+    Raises ValueError if the features have no gradient while gradients are on (the term would train nothing), and for a
+    layer that does not see every token once (`of_every_token`).
     """
     return alignment(*real_tokens(features, batch), kind)
 
 
 def real_tokens(features, batch):
-    """z [n, layers, r] at the n real tokens of a batch, and the task id of each of them, [n] on the CPU.
-
-    The tokens are found on the CPU, where the batch is; a mask on the device would make it tell their number first.
-    Raises ValueError as `alignment_loss` does, and for a layer that does not see every token once (`of_every_token`).
-    """
+    """z [n, layers, r] at the n real tokens of a batch, and the task id of each of them, [n] on the CPU: there the
+    tokens are found, as a mask on the device would make it tell their number first. ValueError as `alignment_loss`."""
     wrong = [name for name, z in features.items() if not of_every_token(name, z, batch)]
     if wrong:
-        raise ValueError(f"{wrong[0]} does not see every token once (an expert, or a layer that is used twice), so its "
-                         "features cannot be aligned; --targets names the layers to adapt")
+        raise ValueError(f"{wrong[0]} does not see every token once (an expert, the output head, a layer that is used "
+                         "twice), so its features cannot be aligned; --targets names the layers to adapt")
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise ValueError("the features have no gradient, so the alignment term would do nothing; use gradient "
                          "checkpointing with use_reentrant=False")

@@ -11,8 +11,8 @@ from .loss import NO_LABEL
 def encode(tokenizer, sample, max_length=512):
     """(input_ids, labels), two lists of one length: prompt and target, with labels on the target only.
 
-    The prompt is cut from the left where both together would pass `max_length`; the target never is. Raises
-    ValueError for a prompt without tokens, an empty target, and a target that leaves no room for its prompt.
+    The prompt is cut from the left where both together would pass `max_length`; the target never is. ValueError for a
+    prompt without tokens, an empty target, and a target that leaves no room for its prompt.
     """
     prompt, target = sample
     answer = encode_target(tokenizer, target)
@@ -66,8 +66,7 @@ class BalancedBatches:
     repeated more often than a large one, every sample of a task is seen equally often, and an epoch is a notion of a
     task. Length plays no part in the draw: batches of short samples and of long ones would pull to and fro.
 
-    tasks: objects with a `train` list of (prompt, target). Raises ValueError for a batch that cannot hold every
-    task, and as `encode` does.
+    tasks: objects with a `train` list of (prompt, target). ValueError if a batch cannot hold all, and as `encode`.
     """
 
     def __init__(self, tasks, tokenizer, batch_size, max_length=512, seed=0):

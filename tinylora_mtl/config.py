@@ -60,8 +60,7 @@ class TrainConfig:
     compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
     split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
                         choices=("test", "validation"))
-    score: str = option("generate", "write the answer, or choose the likeliest of a task's labels",
-                        choices=("generate", "choose"))
+    score: str = option("generate", "write it, or choose the likeliest of the labels", choices=("generate", "choose"))
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = option(50, "steps between two checkpoints, from which --resume goes on")
     skip_bad_steps: int = option(0, "pass over up to this many steps whose gradient is not finite")

@@ -48,21 +48,25 @@ def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
     EXTRA_TOKENS longer than the longest target of its batch; one that is cut off there ends in "…", and is never right.
     Of the model's own generation settings only the end tokens count. FloatingPointError for logits that are not finite.
     """
-    own = model.generation_config.eos_token_id  # a chat model's turns end in other tokens than its texts
-    eos = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
-    answers = [""] * len(samples)
+    eos, answers = end_tokens(model, tokenizer), [""] * len(samples)
     for chosen in length_buckets(samples, batch_size):
         new_tokens = max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + EXTRA_TOKENS
-        batch = prompt_batch(model, tokenizer, [samples[i][0] for i in chosen], max_length - new_tokens)
-        ids = batch["input_ids"]  # [batch, length]
         greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, stop_strings=["\n"], eos_token_id=eos,
                                   pad_token_id=tokenizer.pad_token_id)
+        batch = prompt_batch(model, tokenizer, [samples[i][0] for i in chosen], max_length - new_tokens)
+        ids = batch["input_ids"]  # [batch, length]
         with evaluation_mode(model):  # -> [batch, length + new]
             written = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=greedy,
                                      tokenizer=tokenizer, logits_processor=[check_finite])[:, ids.shape[1]:]
         for i, ids in zip(chosen, written.tolist()):
             answers[i] = read_answer(tokenizer, ids, eos)
     return answers
+
+
+def end_tokens(model, tokenizer):
+    """The tokens that end an answer: the tokenizer's, and the model's own, for a chat model's turns end in others."""
+    own = model.generation_config.eos_token_id
+    return [tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])]
 
 
 def read_answer(tokenizer, ids, eos=()):
@@ -74,7 +78,7 @@ def read_answer(tokenizer, ids, eos=()):
 
 
 def check_finite(_, numbers):
-    """A logits processor: FloatingPointError unless the largest of each row is finite (one token's may be -inf)."""
+    """A logits processor: FloatingPointError unless each row's largest is finite (one token's may be -inf)."""
     if not torch.isfinite(numbers.amax(-1)).all():
         raise FloatingPointError("the model's logits are not finite; in float16 they can overflow: try --dtype float32")
     return numbers
@@ -87,11 +91,9 @@ def prompt_batch(model, tokenizer, prompts, max_length):
     return {key: to_device(tensor, model.device) for key, tensor in batch.items()}
 
 
-def length_buckets(samples, batch_size):
-    """Lists of indices of (prompt, target) samples, those of like length together.
-
-    No prompt is more than half as long again as another of its list: on a CPU, padding costs as much as text.
-    """
+def length_buckets(samples, batch_size=128):
+    """Lists of indices of (prompt, target) samples, those of like length together: none is more than half as long again
+    as another of its list, for on a CPU, padding costs as much as text."""
     lists = []
     for i in sorted(range(len(samples)), key=lambda i: len(samples[i][0])):
         if not lists or len(lists[-1]) == batch_size or len(samples[i][0]) > 1.5 * len(samples[lists[-1][0]][0]):

@@ -30,8 +30,7 @@ def label_logits(model, batch):
     """(logits [batch, k, vocabulary], labels [batch, k]): the last k columns, from the first one with a label.
 
     Both are on the model's device. Logits are computed for those columns only, where the model can: the prompts' ones,
-    most of them, would be thrown away. Raises ValueError if no label is left in the batch (a loss of NaN or 0 would go
-    unnoticed).
+    most of them, would be thrown away. Raises ValueError if no label is left in the batch.
     """
     labelled = (batch["labels"][:, 1:] != NO_LABEL).any(0).nonzero()  # [columns, 1]; nothing predicts column 0
     if len(labelled) == 0:
@@ -51,8 +50,8 @@ def forward(model, input_ids, attention_mask, keep, **options):
     takes = inspect.signature(unwrap(model).forward).parameters
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # from the first real token: left padding changes nothing
     new = input_ids.shape[1]
-    # As indices, not as a number: the model then takes a copy of these columns, not a view across the rows, for which
-    # the output head would be multiplied (and in bfloat16 copied) once for every row of the batch.
+    # As indices, not as a number: the model then takes a copy of these columns; a view across the rows would be
+    # multiplied by the output head (and in bfloat16 copied) row by row.
     columns = torch.arange(max(0, new - keep), new, device=input_ids.device)
     more = {"position_ids": positions[:, -new:], "logits_to_keep": columns}
     more = {name: value for name, value in more.items() if name in takes}

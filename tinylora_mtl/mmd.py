@@ -17,10 +17,9 @@ MMD_TOKENS = 64  # tokens per task that the kernels see: their cost grows with t
 def mmd_alignment(groups):
     """Mean squared maximum mean discrepancy between the tasks' features, over all pairs of tasks.
 
-    groups: one [n_t, r] tensor per task, n_t may differ -> a scalar, which can be slightly negative. Of a task with
-    more than MMD_TOKENS tokens a random subset of that size is used, the same in all layers. Of [n_t, layers, r]
-    tensors the result is the mean over the layers; a task with fewer than two tokens is left out, and with fewer than
-    two tasks left the result is 0, with a gradient of 0. Source: arXiv 2508.05078.
+    groups: one [n_t, r] or [n_t, layers, r] tensor per task, n_t may differ -> a scalar, the mean over the layers; it
+    can be slightly negative. Of more than MMD_TOKENS tokens of a task a random subset is used, the same in all layers.
+    A task with fewer than two tokens is left out; with fewer than two tasks left, the result is 0, its gradient 0.
     """
     kept = [subset(group.float()) for group in groups if len(group) > 1]
     if len(kept) < 2:

@@ -40,9 +40,9 @@ class MultiHeadLoRALinear(nn.Module):
     Attributes: `lora_A` (nn.Linear d_in -> r), `heads` (Parameter [N, d_out, r]), `router` (nn.Linear d_in -> N, or
     None), all without bias and in float32 whatever the base's type, and `scaling` (s).
 
-    Whatever the start, the layer equals its base at step 0 (with random_init: in evaluation mode and to rounding, since
-    centred heads cancel only under equal masks). Raises ValueError for a rank or a number of heads below 1, for a base
-    that is not a linear layer, and for random_init with a single head: centred, it would be zero for ever.
+    The layer equals its base at step 0 (with random_init: in evaluation mode and to rounding, for centred heads cancel
+    only under equal masks). Raises ValueError for a rank or a number of heads below 1, for a base that is not a linear
+    layer, and for random_init with a single head: centred, it would be zero for ever.
     Sources: arXiv 2404.19245 (HydraLoRA), 2502.15455 (R-LoRA, table 1 and figure 4), 2508.05078 (M-LoRA).
     """
 
@@ -64,6 +64,8 @@ class MultiHeadLoRALinear(nn.Module):
             if routed:
                 nn.init.zeros_(self.router.weight)  # w = 1/N at first; any other router would let Σ w_i B_i drift off 0
         self.base = base.requires_grad_(False)
+
+    weight = property(lambda self: self.base.weight.to("meta"))  # as in `LoRALinear`
 
     def forward(self, x):
         """y = W x + b + s · Σ_i w_i(x) · B_i z_i; x [..., d_in] -> y [..., d_out], in the type of the base layer."""

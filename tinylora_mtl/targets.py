@@ -7,14 +7,14 @@ from functools import cache
 import torch
 from torch import nn
 
-from .lora import is_linear, linear_shape
+from .lora import is_linear
 
 PAPER_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 def unwrap(model):
-    """The model itself, without the wrapper of torch.compile or DistributedDataParallel: its layers' own names."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+    """The model itself, without the wrapper of torch.compile or of a data-parallel one: its layers' own names."""
+    while hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 
@@ -48,9 +48,8 @@ def target_names(model, targets):
 def linear_layers(model):
     """({name: layer} of the linear layers that can take an adapter, {name: the reason} of those that cannot).
 
-    An adapter acts where its layer is called. `nn.MultiheadAttention` and Mamba multiply by the weight of some layers
-    themselves, so that an adapter would be passed by; the router of some mixtures of experts is an `nn.Linear` which
-    does not return x times its weight.
+    An adapter acts where its layer is called: `nn.MultiheadAttention` and Mamba use the weight of some layers without
+    that. And some subclasses of `nn.Linear`, such as the routers of mixtures of experts, do not return W x + b.
     """
     layers, left_out = {}, {}
     for path, layer in model.named_modules():
@@ -76,9 +75,11 @@ def weights_used_by(kind):
 
 
 def returns_y(layer):
-    """Whether a layer gives [..., d_out] for [..., d_in]."""
+    """Whether a layer gives W x + b, as subclasses of `nn.Linear` need not."""
+    W, b = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T, layer.bias  # W [d_out, d_in]
+    x = torch.linspace(-1, 1, W.shape[1], dtype=W.dtype, device=W.device)[None]  # [1, d_in]
     try:
-        y = layer(layer.weight.new_zeros(1, linear_shape(layer)[0]))
-        return isinstance(y, torch.Tensor) and y.shape == (1, linear_shape(layer)[1])
-    except (RuntimeError, TypeError, ValueError, IndexError):
+        y, expected = layer(x), nn.functional.linear(x, W, b)  # [1, d_out]
+        return y.shape == expected.shape and (W.is_meta or torch.allclose(y, expected, 0.05, 0.05))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False

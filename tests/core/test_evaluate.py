@@ -106,8 +106,8 @@ def test_a_token_that_can_never_come_is_no_fault():
             choose_answers(model, tokenizer, samples, ("No", "Yes"))) == before
 
 
-OWN_SETTINGS = [dict(suppress_tokens=[1]), dict(min_new_tokens=12), dict(return_dict_in_generate=True), dict(num_beams=3),
-                dict(do_sample=True, temperature=5.0), dict(repetition_penalty=9.0), dict(forced_eos_token_id=5),
+OWN_SETTINGS = [dict(suppress_tokens=[1]), dict(min_new_tokens=12), dict(return_dict_in_generate=True),
+                dict(num_beams=3), dict(do_sample=True, temperature=5.0), dict(repetition_penalty=9.0), dict(forced_eos_token_id=5),
                 dict(bad_words_ids=[[5]]), dict(no_repeat_ngram_size=1), dict(max_length=3), dict(max_time=1e-9),
                 dict(sequence_bias=[[[5], 50.0]]), dict(begin_suppress_tokens=list(range(3, 200))),
                 dict(stop_strings=["a", "e"]), dict(num_return_sequences=1, output_scores=True)]

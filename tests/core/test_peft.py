@@ -73,6 +73,7 @@ SAME = {  # options that mean something which is here too
     "one alpha for all": dict(target_modules=["q_proj", "k_proj"], alpha_pattern={"k_proj": 9, "self_attn.q_proj": 9}),
     "both, stabilised": dict(target_modules=["q_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 9},
                              use_rslora=True),
+    "a dot that is any character": dict(target_modules=["q_proj"], alpha_pattern={"q.proj": 2}),
     "some layers": dict(target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["nowhere"])}
 
 

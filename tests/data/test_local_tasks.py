@@ -170,6 +170,8 @@ FINE = b'{"prompt": "p", "target": "t"}\n'
 BAD = {
     "no target": (FINE + b'{"prompt": "p", "answer": "t"}\n', "line 2: the row has no 'target'; it has: prompt, ans"),
     "no prompt": (FINE + b'{"target": "t"}\n', "line 2: the row has no 'prompt'"),
+    "half a character": (b'{"prompt": "p", "target": "y\\ud83d"}\n', "line 1: 'utf-8' codec can't encode character"),
+    "very deep": (FINE + b"[" * 200_000 + b"\n", "line 2: maximum recursion depth"),
     "an empty object": (b"{}\n", "line 1: the row has no 'prompt'; it has: nothing"),
     "an empty target": (b"\n" + FINE + b'{"prompt": "p", "target": " "}\n', "line 3: 'target' must be a text"),
     "an empty prompt": (b'{"prompt": "", "target": "t"}\n', "line 1: 'prompt' must be a text"),
@@ -205,10 +207,10 @@ def test_files_that_are_refused_by_line(tmp_path, capsys, kind):
     ("--tasks {0}/nowhere", "unknown task '{0}/nowhere'; there are: mini, mini-multilingual, boolean_expressions"),
     ("--tasks {0}/t {0}/t", "task 't' is asked for more than once"),
     ("--tasks {0}/t word_sorting --samples 19", "19 training samples are asked for, but task 't' has 17"),
-    ("--tasks {0}/t word_sorting --max-length 2 --split validation", "a target of 2 tokens leaves no room for its prompt in --max-length 2"),
+    ("--tasks {0}/t word_sorting --max-length 2 --split validation", "an answer of 2 tokens leaves no room for its prom"),
     ("--tasks {0}/only_test word_sorting", "task 'only_test' has no train samples; it has: 20 test"),
     ("--tasks {0}/t word_sorting", "task 't' has no test samples; it has: 17 train, 3 validation; --split valid"),
-    ("--tasks {0}/one.jsonl word_sorting", "task 'one' has no test samples; .* give more rows, or a folder with train.jsonl and test.jsonl"),
+    ("--tasks {0}/one.jsonl word_sorting", "task 'one' has no test samples; .* give more rows, or a fold"),
     ("--tasks {0}/free word_sorting --split validation --score choose", "task 'free' has no closed set of labels")])
 def test_tasks_that_cannot_be_trained_on(tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()

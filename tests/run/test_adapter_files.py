@@ -144,6 +144,27 @@ def test_a_compiled_model_is_as_any_other(tmp_path, part, compiled_first):
     torch.testing.assert_close(logits(other), logits(make_llama()))
 
 
+def test_a_layer_that_is_compiled_afterwards_is_saved_by_its_own_name(llama, tmp_path):
+    add_adapters(llama, config_for("lora"))
+    randomize_adapters(llama)
+    expected = logits(llama)
+    layer = llama.model.layers[1].mlp
+    layer.up_proj = torch.compile(layer.up_proj, backend="eager")
+    save_adapter(torch.nn.DataParallel(llama), tmp_path)
+    other = make_llama()
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), expected)
+
+
+def test_a_model_folder_with_an_adapter_in_it_is_refused(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "m")
+    load_model("mini", "cpu")[1].save_pretrained(tmp_path / "m")
+    add_adapters(llama, config_for("lora"))
+    save_adapter(llama, tmp_path / "m")
+    with pytest.raises(ValueError, match="m has an adapter beside the model; keep them in folders of their own"):
+        load_model(str(tmp_path / "m"), "cpu")
+
+
 def test_saving_a_whole_model_with_its_adapters_in_it_is_told(llama, tmp_path, recwarn):
     """There where it is saved, and where it is to be loaded; not once they are out."""
     add_adapters(llama, config_for("lora"))

@@ -108,7 +108,42 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path):
     assert training.resume(folder)["seconds"] > 0
 
 
-def test_a_run_without_fingerprints_neither_goes_on_nor_is_scored_on_its_own_tasks(tmp_path):
+def test_a_run_does_not_go_on_with_another_configuration_or_tokenizer(tmp_path, capsys):
+    folder, name = unfinished(tmp_path, model=model_folder(tmp_path)), "the configuration or the tokenizer of the base"
+    config, tokenizer = (tmp_path / "m" / file for file in ("config.json", "tokenizer.json"))
+    before = config.read_text(), tokenizer.read_text()
+    config.write_text(json.dumps(json.loads(before[0]) | {"rms_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match=name):
+        training.resume(folder)
+    config.write_text(json.dumps(json.loads(before[0]) | {"use_cache": False, "eos_token_id": 3}))  # these are no matter
+    content = json.loads(before[1])
+    vocabulary = content["model"]["vocab"]
+    one, other = "yes" if "yes" in vocabulary else list(vocabulary)[300], list(vocabulary)[301]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=name):
+        training.resume(folder)
+    tokenizer.write_text(before[1])
+    training.resume(folder)
+    config.write_text(json.dumps(json.loads(before[0]) | {"hidden_act": "gelu"}))
+    for look in (lambda: scoring.command(["--run", str(folder), "--device", "cpu"]), lambda: heads.inspect_run(folder)):
+        capsys.readouterr()
+        look()
+        assert f"{name} model has changed since the run began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", '{"base": "", "tasks": [], "training_prompts": ""}', "[]", "{",
+                                     '{"base": "", "configuration_and_tokenizer": "", "tasks": {"t": 1}, '
+                                     '"training_prompts": ""}'])
+def test_spoiled_fingerprints_are_refused(tmp_path, content):
+    folder = trained(tmp_path, write(tmp_path / "t.jsonl", ROWS[:80]))
+    (folder / "fingerprints.json").write_text(content)
+    for look in (lambda: scoring.command(["--run", str(folder), "--device", "cpu"]), lambda: heads.inspect_run(folder)):
+        with pytest.raises(ValueError, match="fingerprints.json is no file that can be read"):
+            look()
+
+
+def test_a_run_without_fingerprints_neither_goes_on_nor_is_scored_on_its_own_tasks(tmp_path, capsys):
     folder = unfinished(tmp_path)
     (folder / "fingerprints.json").unlink()
     with pytest.raises(ValueError, match="of an older version of this package and has no fingerprints.json"):
@@ -117,7 +152,9 @@ def test_a_run_without_fingerprints_neither_goes_on_nor_is_scored_on_its_own_tas
     (other / "fingerprints.json").unlink()
     with pytest.raises(ValueError, match="older version .* so test prompts of task 't' may have been trained on"):
         scoring.command(["--run", str(other), "--device", "cpu"])
+    capsys.readouterr()
     scoring.command(["--run", str(other), "--tasks", "word_sorting", "--device", "cpu"])
+    assert "so test prompts may have been trained on as another task's" in capsys.readouterr().out
 
 
 def test_heads_tell_what_has_changed(tmp_path, capsys):
@@ -190,6 +227,10 @@ def test_one_command_starts_goes_on_and_ends(tmp_path, capsys, monkeypatch):
     assert "resumed after step 4" in capsys.readouterr().out
     training.command(flags(tmp_path))
     assert "nothing is left to do" in capsys.readouterr().out
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")  # the same file by another way
+    training.command([{"t.jsonl": "../sub/../t.jsonl"}.get(flag, flag) for flag in flags(tmp_path)])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--steps would make it another run"):
         training.command(flags(tmp_path, "--steps", "8"))
     expected = training.run(TrainConfig(tasks=("t.jsonl",), method="lora", steps=7, batch_size=4, rank=2, device="cpu",

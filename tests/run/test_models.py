@@ -11,7 +11,7 @@ import transformers
 from conftest import randomize_adapters
 
 from tinylora_mtl import (AdapterConfig, adapter_parameters, add_adapters, kl_alignment, load_adapter, merge_adapters,
-                          save_adapter)
+                          remove_adapters, save_adapter)
 from tinylora_mtl.align import alignment_loss, collect_features
 from tinylora_mtl.lab import heads
 from tinylora_mtl.run import models, training
@@ -39,7 +39,8 @@ FAMILIES = {  # name: (its configuration, the layers that adapters go into witho
     "GPTNeoX": (SMALL | dict(intermediate_size=64), 8),
     "OPT": (SMALL | dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.3), 12),
     "Bloom": (SMALL | dict(n_layer=2, n_head=4), 8), "Phi": (SMALL | dict(intermediate_size=64), 12),
-    "Falcon": (SMALL, 8), "GPTNeo": (SMALL | dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), 12),
+    "Falcon": (SMALL, 8), "GPTNeo": (SMALL | dict(
+        num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), 12),
     "StableLm": (GATED, 6), "SmolLM3": (GATED, 6), "Cohere": (GATED | dict(logit_scale=1.0), 6), "Lfm2": (GATED | dict(
         layer_types=["conv", "full_attention"]), 12),
     # mixtures of experts: in one parameter, or in layers of their own
@@ -48,8 +49,8 @@ FAMILIES = {  # name: (its configuration, the layers that adapters go into witho
     # recurrent ones, which use some of their layers without calling them
     "Mamba": (SMALL | dict(state_size=4), 2), "FalconH1": (GATED | dict(
         mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1), 6),
-    "Jamba": (MOE | dict(mamba_d_state=4, attn_layer_offset=1, attn_layer_period=2, num_experts=2, expert_layer_offset=1,
-                         expert_layer_period=2, use_mamba_kernels=False), 3),
+    "Jamba": (MOE | dict(mamba_d_state=4, attn_layer_offset=1, attn_layer_period=2, num_experts=2,
+                         expert_layer_offset=1, expert_layer_period=2, use_mamba_kernels=False), 3),
 }
 ALL = FAMILIES | {  # it uses the weights of one block in several places, so that nothing can be merged into them
     "Zamba2": (GATED | dict(mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8, mamba_ngroups=1, num_hidden_layers=4,
@@ -204,7 +205,8 @@ def test_what_cannot_take_an_adapter_is_left_out_by_name(family):
     said = " ".join(rest)
     assert re.match(r"adapters on .*: \d+ % of the body's weights$", first)
     assert all(name in said for name in LEFT_OUT.get(family, ()))
-    assert ("experts.gate_up_proj" in said) == (family in ("Qwen2Moe", "Qwen3Moe", "Phimoe", "Olmoe", "GptOss", "Jamba"))
+    experts = family in ("Qwen2Moe", "Qwen3Moe", "Phimoe", "Olmoe", "GptOss", "Jamba")
+    assert ("experts.gate_up_proj" in said) == experts
 
 
 def test_the_share_of_the_bodys_weights():
@@ -225,23 +227,41 @@ def test_multihead_attention_and_odd_linear_layers_are_left_out():
         def forward(self, x):
             return x @ self.weight.T + self.bias
 
-    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "odd": Odd(8, 8), "plain": Plain(8, 4)})
+    class Halved(torch.nn.Linear):
+        def forward(self, x):
+            return 0.5 * super().forward(x).relu()
+
+    class Asking(torch.nn.Module):  # for the type only, as the code of some models does
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x.to(self.inner.weight.dtype))
+
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "odd": Odd(8, 8), "plain": Plain(8, 4),
+                                 "halved": Halved(8, 8), "asking": Asking()})
     layers, left_out = linear_layers(model)
-    assert list(layers) == ["plain"] and sorted(left_out) == ["attention.out_proj", "odd"]
-    add_adapters(model, AdapterConfig(targets="all-linear", rank=2))
-    model["attention"](*torch.randn(3, 5, 1, 8))
+    assert list(layers) == ["plain", "asking.inner"] and sorted(left_out) == ["attention.out_proj", "halved", "odd"]
+    for method in ("lora", "rlora"):
+        add_adapters(model, AdapterConfig(method, targets="all-linear", rank=2))
+        model["attention"](*torch.randn(3, 5, 1, 8))
+        assert model["asking"](torch.randn(3, 8).double()).dtype == torch.float32
+        assert model["asking"].inner.weight.is_meta  # where its numbers are asked for, it has none
+        remove_adapters(model)
 
 
 @pytest.mark.parametrize("family,config", [
     ("BertLMHeadModel", SMALL | dict(intermediate_size=64)), ("RobertaForCausalLM", SMALL | dict(intermediate_size=64)),
     ("XLNetLMHeadModel", dict(vocab_size=len(TOKENIZER), d_model=32, n_layer=2, n_head=4, d_inner=64)),
+    ("RobertaForCausalLM", SMALL | dict(intermediate_size=64, is_decoder=True)),  # whose positions begin elsewhere
     ("RwkvForCausalLM", dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2))])  # takes padding for text
 def test_models_that_see_what_follows_or_padding_are_refused(tmp_path, family, config):
     torch.manual_seed(0)
     kind = getattr(transformers, re.sub("(LMHeadModel|ForCausalLM)$", "Config", family))
     getattr(transformers, family)(kind(**config)).save_pretrained(tmp_path / "m")
     TOKENIZER.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=f"m .{family}. cannot be used here: what it says after some tokens changes"):
+    with pytest.raises(ValueError, match=f"m .{family}. cannot be used here: what it says after some tokens changes w"):
         load_model(str(tmp_path / "m"), "cpu")
 
 

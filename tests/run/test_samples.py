@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 from conftest import run
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 from transformers import AutoTokenizer
 
 from tinylora_mtl.batching import encode_prompt
@@ -52,12 +52,26 @@ def test_labels_that_only_the_test_split_has_are_told(capsys, mini):
 def test_targets_that_the_tokenizer_changes_are_told(capsys, mini):
     end = mini[1].eos_token
     task = Task("t", CLOSED, [], [("a", f"Yes {end} No"), ("b", end), ("c", "Yes")])
-    assert said(capsys, mini, task) == [
-        f"task 't': 2 of 3 test targets can never be matched, 'Yes {end} No' for one: changed by the tokenizer"]
+    assert said(capsys, mini, task) == [f"task 't': 2 of 3 test targets can never be matched, 'Yes {end} No' for one: "
+                                        "changed by the tokenizer, or ended too soon"]
     unknown = Task("zh", CLOSED, [], [("a", "\u597d"), ("b", "Yes")])
     found = said(capsys, mini, unknown)
     survives = is_right(mini[1].decode(mini[1](" \u597d", add_special_tokens=False)["input_ids"]), "\u597d")
     assert (found == []) == survives
+
+
+def test_targets_with_an_end_token_of_the_models_own_are_told(capsys, mini):
+    model, ids = mini[0], mini[1](" Yes", add_special_tokens=False)["input_ids"]
+    task, own = Task("t", CLOSED, [], [("a", "Yes"), ("b", "No")], ("No", "Yes")), model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = [own, ids[0]]
+        assert said(capsys, mini, task)[0].startswith("task 't': 1 of 2 test targets can never be matched, 'Yes' for one")
+        for wrong in ("</s>", [2, None], [[2]]):
+            model.generation_config.eos_token_id = wrong
+            with pytest.raises(ValueError, match="eos_token_id of the model's generation settings is no token's"):
+                said(capsys, mini, task)
+    finally:
+        model.generation_config.eos_token_id = own
 
 
 def test_composed_and_decomposed_characters_are_the_same(capsys, mini):
@@ -96,8 +110,17 @@ def test_tokens_that_the_model_does_not_have_are_refused_only_where_they_come(mi
     for task in (Task("t", CLOSED, [], [("<|user|> a", "Yes")]), Task("t", CLOSED, [], [("a", "<|user|>")])):
         with pytest.raises(ValueError, match=rf"task 't' has .* token '<|user|>', number {rows} .* for {rows} tokens"):
             said(capsys, mini, task, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="task 't' has a sample with the token"):
-        said(capsys, mini, Task("t", [("<|user|> a", "Yes")], [], CLOSED), tokenizer=tokenizer, training=True)
+    for task in (Task("t", [("<|user|> a", "Yes")], [], CLOSED), Task("t", CLOSED, [], CLOSED, ("Yes", "<|user|>"))):
+        with pytest.raises(ValueError, match="task 't' has a sample with the token"):
+            said(capsys, mini, task, tokenizer=tokenizer, training=True)
+
+
+def test_a_prompt_without_tokens_is_refused(capsys, mini):
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ValueError, match="task 't' has a prompt without a single token: '.u200b'"):
+        said(capsys, mini, Task("t", CLOSED, [], [("\u200b", "Yes")]), tokenizer=tokenizer)
 
 
 def test_start_tokens_are_not_put_before_a_prompt_that_has_them(mini):

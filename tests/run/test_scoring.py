@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import command, make_llama
 
-from tinylora_mtl import AdapterConfig, add_adapters, save_adapter
+from tinylora_mtl import AdapterConfig, add_adapters, evaluate, save_adapter
 from tinylora_mtl.batching import encode_target
 from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.data.tasks import Task, load_tasks, with_shots
-from tinylora_mtl.evaluate import EXTRA_TOKENS
-from tinylora_mtl.run import scoring, training
+from tinylora_mtl.evaluate import EXTRA_TOKENS, prompt_batch
+from tinylora_mtl.run import ranking, scoring, training
 from tinylora_mtl.run.cli import run_command
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.run.samples import say_cut
@@ -71,6 +71,9 @@ def test_what_the_commonest_training_answer_gets():
     closed = Task("closed", yes + no, [], [*no, *yes[:2]], ("no", "yes"))
     free, untrained = Task("free", yes, [], no), Task("u", [], [], no, ("no",))
     assert commonest([closed, free, untrained], "test") == {"closed": 2 / 8}
+    spelled = Task("s", [(f"p{i}", answer) for i, answer in enumerate(["yes", "Yes", "yes.", "no", "no"])], [],
+                   [("a", "YES"), ("b", "no")], ("Yes", "no", "yes", "yes."))
+    assert commonest([spelled], "test") == {"s": 0.5}  # spelled in three ways, it is still the commonest
 
 
 def test_shots_are_training_samples_or_else_not_scored():
@@ -88,6 +91,13 @@ def test_shots_are_training_samples_or_else_not_scored():
         assert len(examples) == 3 and f"{question} {target}" not in examples
     with pytest.raises(ValueError, match="task 't' has 2 samples, too few for 2 shots"):
         with_shots(Task("t", [], [], task.test), "test", 2)
+
+
+def test_a_shot_is_not_scored_with_other_spaces_either():
+    samples = [(f"Is  {i // 2} good? "[i % 2:], "yes") for i in range(8)]
+    for prompt, _ in with_shots(Task("t", [], [], samples), "test", 2).test:
+        *examples, question = prompt.split("\n\n")
+        assert not any(" ".join(example.split()).startswith(" ".join(question.split())) for example in examples)
 
 
 def test_a_sample_that_comes_twice_is_one_shot():
@@ -117,13 +127,13 @@ def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
 def test_prompts_that_are_cut_are_counted_and_told(capsys):
     model, tokenizer, _ = load_model("mini", "cpu")
     task = load_tasks(["navigate"])[0]
-    room = 30 - (len(encode_target(tokenizer, "Yes")) + EXTRA_TOKENS)  # of --max-length 30
-    assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {30 - 4 - room}
+    room = 24 - len(encode_target(tokenizer, "Yes"))  # of --max-length 24
+    assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {24 - room}
     long = sum(len(tokenizer(prompt)["input_ids"]) > room for prompt, _ in task.validation)
     assert 0 < long < len(task.validation)
     flags = ["--tasks", "navigate", "--split", "validation", "--score", "choose"]
-    scoring.command([*flags, "--max-length", "30"])
-    told = (f"{long} of {len(task.validation)} validation prompts are too long for --max-length 30: "
+    scoring.command([*flags, "--max-length", "24"])
+    told = (f"{long} of {len(task.validation)} validation prompts are too long for --max-length 24: "
             "their beginning is cut")
     assert told in capsys.readouterr().out.splitlines()
     scoring.command(flags)
@@ -159,16 +169,29 @@ def test_a_run_of_another_model_is_refused(tmp_path):
         scoring.command(["--run", str(tmp_path)])
 
 
-def test_a_target_without_room_is_refused_and_a_prompt_is_cut_for_its_own_target_only(capsys):
-    _, tokenizer, _ = load_model("mini", "cpu")
-    long, short = "word " * 10 + "Answer:", "word " * 7 + "Answer:"
-    samples = [(long, "x"), (long, "x"), (short, "word " * 12)]
-    whole, left = (len(tokenizer(prompt)["input_ids"]) for prompt in (long, short))
-    target = len(encode_target(tokenizer, samples[2][1]))
-    task = Task("t", [], [], samples)
-    say_cut(tokenizer, [task], "test", target + EXTRA_TOKENS + left)
-    assert capsys.readouterr().out == ""
-    say_cut(tokenizer, [Task("t", [], [], samples[:2])], "test", whole + EXTRA_TOKENS)
-    assert capsys.readouterr().out.startswith("2 of 2 test prompts are too long for --max-length")
-    with pytest.raises(ValueError, match=f"task 't': a target of {target} tokens, and 4 to spare, leaves no room"):
-        say_cut(tokenizer, [task], "test", target + EXTRA_TOKENS)
+def test_what_is_said_to_be_cut_is_what_is_cut(monkeypatch, capsys):
+    model, tokenizer, _ = load_model("mini", "cpu")
+    samples = [("word " * 10 + "Answer:", "x"), ("word " * 10 + "Answer:", "x"), ("word " * 7 + "Answer:", "word " * 12),
+               ("word " * 3 + "Answer:", "y")]
+    task, cut = Task("t", [], [], samples, ("x", "y", "word " * 5)), []
+
+    def watched(model, tokenizer, prompts, max_length):
+        cut.extend(len(tokenizer(prompt)["input_ids"]) > max_length for prompt in prompts)
+        return prompt_batch(model, tokenizer, prompts, max_length)
+
+    monkeypatch.setattr(evaluate, "prompt_batch", watched)
+    monkeypatch.setattr(ranking, "prompt_batch", watched)
+    found = set()
+    for score, longest in ("generate", len(encode_target(tokenizer, "word " * 12)) + EXTRA_TOKENS), (
+            "choose", len(encode_target(tokenizer, "word " * 5))):
+        for more in range(1, 40, 2):
+            cut.clear()
+            scoring.task_answers(model, tokenizer, task, "test", longest + more, score)
+            say_cut(model, tokenizer, [task], "test", longest + more, score)
+            said = capsys.readouterr().out
+            assert len(cut) == 4 and said.startswith(f"{sum(cut)} of 4 test prompts are too long" if any(cut) else "")
+            assert any(cut) or said == ""
+            found.add(sum(cut))
+        with pytest.raises(ValueError, match=f"task 't': an answer of {longest} tokens leaves no room for its prompt in"):
+            say_cut(model, tokenizer, [task], "test", longest, score)
+    assert found == {0, 2, 3, 4}

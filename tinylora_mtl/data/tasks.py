@@ -155,7 +155,7 @@ def read_jsonl(path):
             try:
                 if line.strip():
                     samples.append(read_row(json.loads(line)))
-            except ValueError as error:  # not UTF-8, not JSON, or not a sample
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or not a sample
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not samples:
         raise ValueError(f"{path} holds no sample; a line is {{\"prompt\": \"...\", \"target\": \"...\"}}")
@@ -171,6 +171,7 @@ def read_row(row):
             raise ValueError(f"the row has no {key!r}; it has: {', '.join(row) or 'nothing'}")
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{key!r} must be a text that is not empty, got {json.dumps(row[key])[:60]}")
+        row[key].encode()  # UnicodeEncodeError, a ValueError, for half a character
     if "\n" in row["target"].strip():
         raise ValueError("'target' has a line break, and an answer ends with its line")
     return row["prompt"], row["target"].strip()
@@ -201,10 +202,10 @@ def with_shots(task, split, shots):
 
     They are training samples; where there are none (Big-Bench Hard), they are taken from the split, and not scored.
     """
-    pool = dict(task.train or getattr(task, split))  # prompt -> target: no prompt is shown twice
+    pool = {prompt_key(sample[0]): sample for sample in task.train or getattr(task, split)}  # none is shown twice
     if len(pool) < shots + (not task.train):
         raise ValueError(f"task {task.name!r} has {len(pool)} samples, too few for {shots} shots")
     shown = dict(random.Random(f"shots {task.name}").sample(list(pool.items()), shots))
-    before = "".join(f"{prompt} {target}\n\n" for prompt, target in shown.items())
+    before = "".join(f"{prompt} {target}\n\n" for prompt, target in shown.values())
     return replace(task, **{split: [(before + prompt, target) for prompt, target in getattr(task, split)
-                                    if prompt not in shown]})
+                                    if prompt_key(prompt) not in shown]})

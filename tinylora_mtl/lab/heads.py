@@ -29,10 +29,11 @@ def open_finished(folder, device="auto"):
     config = settings.read_config(folder, finished=True)
     tasks = load_tasks(config.tasks)
     require_samples(tasks, "validation")
-    stored = fingerprints.read_fingerprints(folder)
-    for line in fingerprints.changes(stored, tasks, ["validation"]) if stored else ():
-        print(line)
     model, tokenizer, _ = models.load_model(config.model, device, config.dtype)
+    stored = fingerprints.read_fingerprints(folder)
+    for line in [*fingerprints.changes(stored, tasks, ["validation"]),
+                 *fingerprints.base_changes(stored, model, tokenizer, weights=False)] if stored else ():
+        print(line)  # of other weights the adapter itself warns
     adapter_files.load_adapter(model, Path(folder) / "adapter")
     return config, tasks, model, tokenizer
 

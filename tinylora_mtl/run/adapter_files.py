@@ -24,10 +24,11 @@ MULTIHEAD = "TINYLORA_MTL_MULTIHEAD"
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
 BASE = "base_sha256"  # the entry in the tensors' file, not in PEFT's JSON, that says which base the adapter is for
 INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # of A and B; PiSSA and its kin change the base
+# How an adapter was made or trained, or what the tensors tell too.
 UNREAD = ("task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform",
           "layers_pattern", "fan_in_fan_out", "inference_mode", "auto_mapping", "peft_version", "revision",
           "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config",
-          "megatron_core", "qalora_group_size", "runtime_config")  # how an adapter was made or trained, or what the tensors tell too
+          "megatron_core", "qalora_group_size", "runtime_config")
 READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "method", "heads", "init_lora_weights",
         "rank_pattern", "alpha_pattern", "bias")
 
@@ -176,8 +177,8 @@ def read_patterns(config, description, layers, shapes):
     for key, alpha in pattern.items():
         if not re.fullmatch(r"[\w.]+", key) or type(alpha) not in (int, float) or not 0 <= alpha <= 10 ** 6:
             raise ValueError(f"its alpha_pattern has an entry that is not read here: {key!r:.60}: {alpha!r:.60}")
-    alphas = {next((alpha for key, alpha in pattern.items() if f".{name}".endswith(f".{key}")), config.alpha)
-              for name in layers}
+    alphas = {next((alpha for key, alpha in pattern.items() if re.fullmatch(rf"(.*\.)?{key}", name)), config.alpha)
+              for name in layers}  # as PEFT has it: a dot is any character
     if len(alphas) > 1:
         raise ValueError(f"its alpha_pattern gives its layers the alphas {sorted(alphas)}, and here all have the same")
     config.alpha, = alphas
@@ -193,7 +194,7 @@ def is_copy(stored, key, model):
 
 def own_name(name):
     """The name of a layer or parameter, also if a part of the model is compiled."""
-    return name.replace("_orig_mod.", "")
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def file_key(name):

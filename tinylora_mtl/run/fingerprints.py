@@ -1,6 +1,7 @@
 """What a run was trained on, in fingerprints.json: hashes by which a change of the data or of the base is noticed."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from ..targets import unwrap
 from .files import read_json, write_json
 
 FILE = "fingerprints.json"
+# Of a model's configuration: where it is from, and what only its loading or its generation settings are about.
+NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+             "architectures", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def of_base(model):
@@ -29,26 +33,41 @@ def of_prompt(prompt):
 
 
 def of_split(task, split):
-    """How many samples it has, and a hash of them: of the training samples in their order, which decides the batches."""
+    """How many samples it has, and a hash of them: of training samples in their order, which decides the batches."""
     samples = getattr(task, split)
     listed = repr(samples if split == "train" else sorted(samples))
     return {"samples": len(samples), "sha256": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def of_run(model, tasks):
+def of_setting(model, tokenizer):
+    """A hash of the model's configuration where it differs from its kind's defaults, and of the tokenizer."""
+    config = {name: value for name, value in unwrap(model).config.to_diff_dict().items() if name not in NO_MATTER}
+    tokens = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([config, tokens], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_run(model, tokenizer, tasks):
     """What fingerprints.json holds."""
-    return {"base": of_base(model),
+    return {"base": of_base(model), "configuration_and_tokenizer": of_setting(model, tokenizer),
             "tasks": {task.name: {split: of_split(task, split) for split in SPLIT_SIZES} for task in tasks},
             "training_prompts": " ".join(sorted({of_prompt(prompt) for task in tasks for prompt, _ in task.train}))}
 
 
-def write_fingerprints(folder, model, tasks):
-    write_json(Path(folder) / FILE, of_run(model, tasks))
+def write_fingerprints(folder, model, tokenizer, tasks):
+    write_json(Path(folder) / FILE, of_run(model, tokenizer, tasks))
 
 
 def read_fingerprints(folder):
     """What a run's fingerprints.json holds; None for a run of an older version, which has none."""
-    return read_json(Path(folder) / FILE) if (Path(folder) / FILE).is_file() else None
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    kinds = {"base": str, "configuration_and_tokenizer": str, "tasks": dict, "training_prompts": str}
+    if any(not isinstance(content.get(name), kind) for name, kind in kinds.items()) or any(
+            not isinstance(splits, dict) for splits in content["tasks"].values()):
+        raise ValueError(f"{file} is no file that can be read: it does not hold the fingerprints of a run")
+    return content
 
 
 def changes(stored, tasks, splits):
@@ -56,24 +75,33 @@ def changes(stored, tasks, splits):
     lines = []
     for task in tasks:
         for split in splits if task.name in stored["tasks"] else ():
-            was, now = stored["tasks"][task.name][split], of_split(task, split)
+            was, now = stored["tasks"][task.name].get(split, {}), of_split(task, split)
             if was != now:
                 kind = "training" if split == "train" else split
-                count = f"{was['samples']} then, {now['samples']} now" if was["samples"] != now["samples"] else (
-                    f"{now['samples']} as before, but others")
+                count = f"{was.get('samples')} then, {now['samples']} now"
+                if was.get("samples") == now["samples"]:
+                    count = f"{now['samples']} as before, but others"
                 lines.append(f"the {kind} samples of task {task.name!r} have changed since the run began ({count})")
     return lines
 
 
-def check_same(folder, model, tasks):
+def base_changes(stored, model, tokenizer, weights=True):
+    """A line for what has changed of the base model; weights: whether they are looked at too."""
+    lines = []
+    if weights and stored["base"] != of_base(model):
+        lines.append("the weights of the base model have changed since the run began")
+    if stored["configuration_and_tokenizer"] != of_setting(model, tokenizer):
+        lines.append("the configuration or the tokenizer of the base model has changed since the run began")
+    return lines
+
+
+def check_same(folder, model, tokenizer, tasks):
     """ValueError, saying what, if the data or the base are not those that the run in a folder began with."""
     stored = read_fingerprints(folder)
     if stored is None:
         raise ValueError(f"the run in {folder} is of an older version of this package and has no {FILE}, so nothing "
                          "tells whether its data are the same; start it anew")
-    found = changes(stored, tasks, SPLIT_SIZES)
-    if stored["base"] != of_base(model):
-        found.append("the weights of the base model have changed since the run began")
+    found = changes(stored, tasks, SPLIT_SIZES) + base_changes(stored, model, tokenizer)
     if found:
         raise ValueError(f"{'; '.join(found)}: the run in {folder} cannot go on as the same run")
 
@@ -86,10 +114,11 @@ def check_not_trained_on(folder, own_names, tasks, split):
     stored = read_fingerprints(folder)
     anyway = f"--adapter {folder}/adapter instead of --run scores them all the same"
     if stored is None:
+        old = f"the run in {folder} is of an older version of this package and has no {FILE}, so {split} prompts"
         for task in tasks:
             if task.name in own_names:
-                raise ValueError(f"the run in {folder} is of an older version of this package and has no {FILE}, so "
-                                 f"{split} prompts of task {task.name!r} may have been trained on; {anyway}")
+                raise ValueError(f"{old} of task {task.name!r} may have been trained on; {anyway}")
+        print(f"{old} may have been trained on as another task's")
         return
     seen = set(stored["training_prompts"].split())
     for task in tasks:

@@ -20,7 +20,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, or a l
 
 
 @contextmanager
-def open_run(config, resuming, model, tasks):
+def open_run(config, resuming, model, tokenizer, tasks):
     """Within the block, the run folder (yielded) is this process's alone; a new run's has its config.json.
 
     It has the fingerprints of the base and the tasks too; ValueError to go on with others. Raises FileExistsError for a
@@ -41,9 +41,9 @@ def open_run(config, resuming, model, tasks):
         try:
             if not resuming:
                 clear(folder)
-                write_fingerprints(folder, model, tasks)  # before config.json, which makes the folder a run
+                write_fingerprints(folder, model, tokenizer, tasks)  # before config.json, which makes the folder a run
             else:
-                check_same(folder, model, tasks)
+                check_same(folder, model, tokenizer, tasks)
             if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
                 write_json(folder / "config.json", {"format": FORMAT} | asdict(config))
             gather(folder)

@@ -36,8 +36,11 @@ def load_model(name, device="auto", dtype="auto"):
         if not (source / "config.json").is_file():
             raise ValueError(f"{name} is not a model in Hugging Face format: the folder has no config.json")
         if not any(found for pattern in TOKENIZER_FILES for found in source.glob(pattern)):  # some make up an empty one
-            raise ValueError(f"the folder {name} has no tokenizer (tokenizer.json, say); save that of the model that it "
-                             f"was made from there too: AutoTokenizer.from_pretrained(...).save_pretrained({name!r})")
+            raise ValueError(f"the folder {name} has no tokenizer (tokenizer.json, say); save that of the model that "
+                             "it was made from there too: AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+        if (source / "adapter_config.json").is_file():  # which transformers would put in, if peft is there
+            raise ValueError(f"the folder {name} has an adapter beside the model; keep them in folders of their own, "
+                             "and give them as --model and --adapter")
         return load(source, device, dtype, local_files_only=True)
     try:
         return load(name, device, dtype, local_files_only=True)
@@ -90,16 +93,20 @@ def check_causal(model, source):
 
     FloatingPointError for logits that are not finite.
     """
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 1, 2, 3, 4]]) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 1, 2, 3, 4]])
+    ids %= model.get_input_embeddings().weight.shape[0]
     mask = torch.tensor([[1] * 8, [0] * 4 + [1] * 4])
     logits = forward(model, ids.to(model.device), mask.to(model.device), 8).logits.float()  # [2, 8, vocabulary]
     check_finite(None, logits)
     one, other = logits[0, 3], logits[1, 7]  # after 1, 2, 3, 4
+    own = model(input_ids=ids[:1].to(model.device)).logits[0, 3].float()  # with positions that the model counts itself
     rounding = 1e-3 if model.dtype == torch.float32 else 0.1
-    if (one - other).abs().max() > rounding * one.abs().max():
-        raise ValueError(f"the model in {source} ({type(model).__name__}) cannot be used here: what it says after some "
-                         "tokens changes with the tokens that follow, so that in training it would see the answers, or "
-                         "with padding before them")
+    for change, logits in {
+            "with the tokens that follow (so in training it would see the answers) or with padding before them": other,
+            "with the positions that it is given, which it counts otherwise by itself": own}.items():
+        if (one - logits).abs().max() > rounding * one.abs().max():
+            raise ValueError(f"the model in {source} ({type(model).__name__}) cannot be used here: what it says after "
+                             f"some tokens changes {change}")
 
 
 def compile_model(model, batch):
@@ -147,7 +154,12 @@ def pick_length(model, max_length):
     """The longest sample in tokens: `max_length`; if that is None, 512 or what the model has positions for.
 
     Raises ValueError for a length of which the model cannot tell all positions apart."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or float("inf")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, a sample's numbers depend on its batch's longest one
+        positions = min(positions, rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None) or positions)
     if max_length is None:
         return min(512, positions)
     if max_length > positions:

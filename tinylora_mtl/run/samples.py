@@ -4,74 +4,89 @@ from collections import Counter
 
 from ..batching import encode_prompt, encode_target
 from ..data.tasks import prompt_key
-from ..evaluate import EXTRA_TOKENS, is_right, read_answer
+from ..evaluate import EXTRA_TOKENS, end_tokens, is_right, length_buckets, read_answer
 
 
 def check_samples(model, tokenizer, tasks, split, max_length, score, training=False):
     """Print what is amiss with a split of the tasks, and with their training samples if they are to be trained on.
 
     Prompts that are cut, targets that no answer can equal, prompts that another task trains on. Raises ValueError for a
-    target that leaves no room for its prompt, and for a token that the model does not have.
+    text without tokens or with one that the model does not have, and for an answer that leaves no room for its prompt.
     """
-    check_tokens(model, tokenizer, tasks, ["train", split] if training else [split])
-    for name in ["train", split] if training else [split]:
-        say_cut(tokenizer, tasks, name, max_length)
-    say_never_right(tokenizer, tasks, split, score)
+    for name in ("train", split) if training else (split,):
+        say_cut(model, tokenizer, tasks, name, max_length, score)
+    say_never_right(model, tokenizer, tasks, split, score)
     if training:
         say_shared(tasks, split)
 
 
-def check_tokens(model, tokenizer, tasks, splits):
-    """ValueError for a text with a token that the tokenizer has, and the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= rows:
-        return
+def say_cut(model, tokenizer, tasks, split, max_length, score):
+    """Print how many prompts of a split are too long for `max_length`, answer included, so that they are cut."""
+    rows, prompts, cut = model.get_input_embeddings().weight.shape[0], 0, 0
     for task in tasks:
-        for split in splits:
-            for sample in getattr(task, split):
-                last = max(encode_prompt(tokenizer, sample[0], 10 ** 9) + encode_target(tokenizer, sample[1]))
-                if last >= rows:
-                    token = tokenizer.convert_ids_to_tokens(last)
-                    raise ValueError(f"task {task.name!r} has a sample with the token {token!r}, number {last} of the "
-                                     f"tokenizer, and the model has embeddings for {rows} tokens only; "
-                                     "model.resize_token_embeddings(len(tokenizer)) adds those that are missing, "
-                                     "untrained")
-
-
-def say_cut(tokenizer, tasks, split, max_length):
-    """Print how many prompts of a split are too long for `max_length`, answer included, so that they are cut.
-
-    Raises ValueError for a target that leaves no room for its prompt.
-    """
-    spare = 0 if split == "train" else EXTRA_TOKENS  # an answer that the model writes may be longer than the target
-    samples, cut = [(task.name, *sample) for task in tasks for sample in getattr(task, split)], 0
-    for name, prompt, target in samples:
-        new_tokens = len(encode_target(tokenizer, target)) + spare
-        if new_tokens >= max_length:
-            more = f", and {spare} to spare," if spare else ""
-            raise ValueError(f"task {name!r}: a target of {new_tokens - spare} tokens{more} leaves no room for its "
-                             f"prompt in --max-length {max_length}: {target[:40]!r}")
-        if len(prompt.encode()) + 8 > max_length - new_tokens:  # a token is a byte at least; most need no closer look
-            cut += len(encode_prompt(tokenizer, prompt, 10 ** 9)) > max_length - new_tokens
+        samples = getattr(task, split)
+        room = [max_length - tokens for tokens in answer_tokens(tokenizer, task, split, score)]
+        for (prompt, target), left in zip(samples, room):
+            if left < 1:
+                raise ValueError(f"task {task.name!r}: an answer of {max_length - left} tokens leaves no room for its "
+                                 f"prompt in --max-length {max_length}: {target[:40]!r}")
+        for (prompt, _), ids, left in zip(samples, tokenizer([prompt for prompt, _ in samples])["input_ids"], room):
+            if not ids:
+                raise ValueError(f"task {task.name!r} has a prompt without a single token: {prompt!r:.60}")
+            cut += len(ids) > left and len(encode_prompt(tokenizer, prompt, 10 ** 9)) > left
+        if max(tokenizer.get_vocab().values()) >= rows:
+            check_tokens(tokenizer, task, split, rows)
+        prompts += len(samples)
     if cut:
-        print(f"{cut} of {len(samples)} {'training' if split == 'train' else split} prompts are too long for "
+        print(f"{cut} of {prompts} {'training' if split == 'train' else split} prompts are too long for "
               f"--max-length {max_length}: their beginning is cut")
 
 
-def say_never_right(tokenizer, tasks, split, score):
-    """Print for each task how many targets of a split no answer can equal, whatever the model.
+def answer_tokens(tokenizer, task, split, score):
+    """For each sample of a split the tokens that are kept free for its answer: its own target's in training, else as
+    `choose_answers` and `generate_answers` do, the longest label's or those of its batch's longest target and some."""
+    samples = getattr(task, split)
+    answers = [len(encode_target(tokenizer, target)) for _, target in samples]
+    if split == "train":
+        return answers
+    if score == "choose":
+        return [max(len(encode_target(tokenizer, label)) for label in task.labels)] * len(samples)
+    for chosen in length_buckets(samples):
+        longest = max(answers[i] for i in chosen)
+        for i in chosen:
+            answers[i] = longest + EXTRA_TOKENS
+    return answers
 
-    Those that do not come back from the tokenizer, or, where the answer is chosen, are none of the labels.
+
+def check_tokens(tokenizer, task, split, rows):
+    """ValueError for a text with a token that the tokenizer has, and the model's `rows` embeddings have not."""
+    for prompt, target in [*getattr(task, split), *(("", label) for label in task.labels)]:
+        last = max(encode_prompt(tokenizer, prompt, 10 ** 9) + encode_target(tokenizer, target))
+        if last >= rows:
+            token = tokenizer.convert_ids_to_tokens(last)
+            raise ValueError(f"task {task.name!r} has a sample with the token {token!r}, number {last} of the "
+                             f"tokenizer, and the model has embeddings for {rows} tokens only; "
+                             "model.resize_token_embeddings(len(tokenizer)) adds those that are missing, untrained")
+
+
+def say_never_right(model, tokenizer, tasks, split, score):
+    """Print for each task how many targets of a split no answer can equal, however good the model.
+
+    Those that do not come back from the tokenizer or hold an end token, or, if answers are chosen, are not a label.
     """
+    ends = end_tokens(model, tokenizer)
+    if not all(isinstance(token, int) for token in ends):
+        raise ValueError(f"the eos_token_id of the model's generation settings is no token's number: {ends!r:.60}")
     for task in tasks:
         targets = Counter(target for _, target in getattr(task, split))
         never = [target for target in targets if not (
             any(is_right(label, target) for label in task.labels) if score == "choose"
-            else is_right(read_answer(tokenizer, encode_target(tokenizer, target), {tokenizer.eos_token_id}), target))]
+            else is_right(read_answer(tokenizer, encode_target(tokenizer, target), ends), target))]
         if never:
-            why = "none of the training labels" if score == "choose" else "changed by the tokenizer"
-            print(f"task {task.name!r}: {sum(targets[target] for target in never)} of {targets.total()} {split} targets "
-                  f"can never be matched, {never[0][:40]!r} for one: {why}")
+            why = "none of the training labels" if score == "choose" else "changed by the tokenizer, or ended too soon"
+            count = sum(targets[target] for target in never)
+            print(f"task {task.name!r}: {count} of {targets.total()} {split} targets can never be matched, "
+                  f"{never[0][:40]!r} for one: {why}")
 
 
 def say_shared(tasks, split):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..data.tasks import check_labels, load_tasks, own_name, require_samples, with_shots
-from ..evaluate import accuracy, generate_answers, is_right
+from ..evaluate import accuracy, generate_answers, is_right, normalize
 from ..evaluate import __doc__ as description
 from .adapter_files import load_adapter
 from .cli import Parser, run_command, whole
 from .distributed import merge, process_rank, world_size
-from .fingerprints import check_not_trained_on
+from .fingerprints import base_changes, check_not_trained_on, read_fingerprints
 from .models import load_model, pick_length
 from .ranking import choose_answers
 from .samples import check_samples
@@ -93,14 +93,14 @@ def table(columns, counts, common):
 
 
 def commonest(tasks, split):
-    """{task: the share of a split that its commonest training answer gets right}, for tasks with a closed set of labels.
+    """{task: the share of a split that its commonest training answer gets right}, for tasks with closed sets of labels.
 
     What a model reaches that has learned nothing but the commonest answer.
     """
     shares = {}
     for task in tasks:
         if task.labels and task.train:
-            count = Counter(target for _, target in sorted(task.train))
+            count = Counter(normalize(target) for _, target in sorted(task.train))
             answer, samples = count.most_common(1)[0][0], getattr(task, split)
             shares[task.name] = accuracy([answer] * len(samples), samples)
     return shares
@@ -145,6 +145,9 @@ def command(argv=None):
     model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, args.max_length or run.max_length)
     check_samples(model, tokenizer, tasks, split, max_length, score)
+    stored = read_fingerprints(args.run) if args.run and not args.model else None
+    for line in base_changes(stored, model, tokenizer, weights=False) if stored else ():
+        print(line)  # of other weights the adapter itself warns
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)

@@ -1,5 +1,6 @@
 """From the command line to a TrainConfig, what cannot work, and the settings of a run to go on with."""
 
+import os
 import shlex
 from argparse import SUPPRESS
 from dataclasses import fields, replace
@@ -43,9 +44,9 @@ def with_full_paths(config):
     """The config with the paths among its model and tasks made absolute, for a run to be gone on with from anywhere."""
     model = config.model
     if model != "mini" and Path(model).is_dir():
-        model = str(Path(model).absolute())
-    return replace(config, model=model, tasks=[str(Path(name).absolute()) if is_path(name) else name
-                                               for name in config.tasks])
+        model = os.path.abspath(model)
+    tasks = [os.path.abspath(name) if is_path(name) else name for name in config.tasks]
+    return replace(config, model=model, tasks=tasks)
 
 
 def check(config):

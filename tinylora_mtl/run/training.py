@@ -52,7 +52,7 @@ def run(config, resuming=False, stop=None, before=None):
     config, tasks, model, tokenizer, device = set_up(config)
     check_samples(model, tokenizer, tasks, config.split, config.max_length, config.score, training=True)
     state = prepare(config, model, tokenizer, tasks)
-    with open_run(config, resuming, model, tasks) as folder:
+    with open_run(config, resuming, model, tokenizer, tasks) as folder:
         counts = {task.name: len(getattr(task, config.split)) for task in tasks}
         scoring, common = (config.split, config.max_length, config.score), commonest(tasks, config.split)
         results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
