@@ -72,8 +72,8 @@ def test_what_the_commonest_training_answer_gets():
     free, untrained = Task("free", yes, [], no), Task("u", [], [], no, ("no",))
     assert commonest([closed, free, untrained], "test") == {"closed": 2 / 8}
     spelled = Task("s", [(f"p{i}", answer) for i, answer in enumerate(["yes", "Yes", "yes.", "no", "no"])], [],
-                   [("a", "YES"), ("b", "no")], ("Yes", "no", "yes", "yes."))
-    assert commonest([spelled], "test") == {"s": 0.5}  # spelled in three ways, it is still the commonest
+                   [("a", "YES"), ("b", "no"), ("c", "yes")], ("Yes", "no", "yes", "yes."))
+    assert commonest([spelled], "test") == {"s": 2 / 3}  # spelled in three ways, it is still the commonest
 
 
 def test_shots_are_training_samples_or_else_not_scored():
