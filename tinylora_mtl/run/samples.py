@@ -46,7 +46,8 @@ def answer_tokens(tokenizer, task, split, score):
     """For each sample of a split the tokens that are kept free for its answer: its own target's in training, else as
     `choose_answers` and `generate_answers` do, the longest label's or those of its batch's longest target and some."""
     samples = getattr(task, split)
-    answers = [len(encode_target(tokenizer, target)) for _, target in samples]
+    tokens = {target: len(encode_target(tokenizer, target)) for target in {target for _, target in samples}}
+    answers = [tokens[target] for _, target in samples]
     if split == "train":
         return answers
     if score == "choose":
