@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import torch
 
+from .adapters import find_adapters
 from .loss import to_device
 from .mmd import mmd_alignment
-from .targets import unwrap
 
 VARIANCE_EPS = 1e-5  # added to each variance, so that a feature which happens not to vary cannot divide by zero
 
@@ -32,11 +32,11 @@ def collect_features(model, part="lora_A"):
     the layers run once more there, and those outputs must not be counted.
     """
     features, handles = {}, []
-    for name, module in unwrap(model).named_modules():
-        if getattr(module, part, None) is not None:
+    for name, adapter in find_adapters(model).items():
+        if getattr(adapter, part, None) is not None:
             def keep(_, inputs, output, name=name):
                 features[name] = torch.cat([features[name], output]) if name in features else output
-            handles.append(getattr(module, part).register_forward_hook(keep))
+            handles.append(getattr(adapter, part).register_forward_hook(keep))
     try:
         yield features
     finally:

@@ -48,16 +48,16 @@ def generate_answers(model, tokenizer, samples, max_length=512, batch_size=128):
     EXTRA_TOKENS longer than the longest target of its batch; one that is cut off there ends in "…", and is never right.
     Of the model's own generation settings only the end tokens count. FloatingPointError for logits that are not finite.
     """
+    line_break = lambda ids, _: torch.tensor(["\n" in t for t in tokenizer.batch_decode(ids[:, -1:])]).to(ids.device)
     eos, answers = end_tokens(model, tokenizer), [""] * len(samples)
     for chosen in length_buckets(samples, batch_size):
         new_tokens = max(len(encode_target(tokenizer, samples[i][1])) for i in chosen) + EXTRA_TOKENS
-        greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, stop_strings=["\n"], eos_token_id=eos,
-                                  pad_token_id=tokenizer.pad_token_id)
+        greedy = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
         batch = prompt_batch(model, tokenizer, [samples[i][0] for i in chosen], max_length - new_tokens)
         ids = batch["input_ids"]  # [batch, length]
         with evaluation_mode(model):  # -> [batch, length + new]
             written = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], generation_config=greedy,
-                                     tokenizer=tokenizer, logits_processor=[check_finite])[:, ids.shape[1]:]
+                                     logits_processor=[check_finite], stopping_criteria=[line_break])[:, ids.shape[1]:]
         for i, ids in zip(chosen, written.tolist()):
             answers[i] = read_answer(tokenizer, ids, eos)
     return answers

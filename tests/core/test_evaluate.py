@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+import torch.nn.functional as F
+from conftest import make_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tinylora_mtl import AdapterConfig, add_adapters
 from tinylora_mtl.batching import encode_target
@@ -121,6 +126,20 @@ def test_the_models_own_generation_settings_change_no_answer(settings):
     own = model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=2, **settings)
     assert generate_answers(model, tokenizer, samples) == expected
     assert model.generation_config is own  # and they are as they were
+
+
+def test_a_tokenizer_of_a_few_words_is_enough():
+    """Of so few that it cannot write the letters by which libraries look for a line break."""
+    words = {word: i for i, word in enumerate(["</s>", "<unk>", "a", "b", "yes", "no", ":", "\n"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+                                        eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    model = make_llama(vocab_size=len(words))
+    answer, = generate_answers(model, tokenizer, [("a b :", "yes")])
+    assert set(answer.removesuffix(" …").split()) <= set(words)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: F.one_hot(torch.full(
+        logits.shape[:-1], 7), len(words)).float())
+    assert generate_answers(model, tokenizer, [("a b :", "yes")]) == [""]  # it ends at the line break
 
 
 def test_the_models_own_end_tokens_count():

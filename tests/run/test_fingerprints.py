@@ -134,6 +134,8 @@ def test_a_run_does_not_go_on_with_another_configuration_or_tokenizer(tmp_path, 
 
 @pytest.mark.parametrize("content", ["{}", '{"base": "", "tasks": [], "training_prompts": ""}', "[]", "{",
                                      '{"base": "", "configuration_and_tokenizer": "", "tasks": {"t": 1}, '
+                                     '"training_prompts": ""}',
+                                     '{"base": "", "configuration_and_tokenizer": "", "tasks": {"t": {"test": 5}}, '
                                      '"training_prompts": ""}'])
 def test_spoiled_fingerprints_are_refused(tmp_path, content):
     folder = trained(tmp_path, write(tmp_path / "t.jsonl", ROWS[:80]))
@@ -141,6 +143,41 @@ def test_spoiled_fingerprints_are_refused(tmp_path, content):
     for look in (lambda: scoring.command(["--run", str(folder), "--device", "cpu"]), lambda: heads.inspect_run(folder)):
         with pytest.raises(ValueError, match="fingerprints.json is no file that can be read"):
             look()
+
+
+def test_the_fingerprints_of_another_run_are_none_of_this_one(tmp_path):
+    folder = unfinished(tmp_path)
+    (tmp_path / "t.jsonl").rename(tmp_path / "other.jsonl")
+    other = trained(tmp_path / "whole", tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").rename(tmp_path / "t.jsonl")
+    (folder / "fingerprints.json").write_bytes((other / "fingerprints.json").read_bytes())
+    with pytest.raises(ValueError, match="task 't' is not in fingerprints.json"):
+        training.resume(folder)
+    (folder / "adapter").mkdir()
+    with pytest.raises(ValueError, match="task 't' of the run in .* is not in its fingerprints.json"):
+        scoring.command(["--run", str(folder), "--device", "cpu"])
+
+
+def test_a_run_whose_files_have_moved_goes_on_with_their_new_places(tmp_path):
+    folder = unfinished(tmp_path, model=model_folder(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "t.jsonl").rename(tmp_path / "elsewhere" / "t.jsonl")
+    (tmp_path / "m").rename(tmp_path / "elsewhere" / "m")
+    given = ["--resume", str(folder), "--tasks", str(tmp_path / "elsewhere" / "t.jsonl"), "--model",
+             str(tmp_path / "elsewhere" / "m")]
+    training.command(given)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == str(tmp_path / "elsewhere" / "m")
+    assert config["tasks"] == [str(tmp_path / "elsewhere" / "t.jsonl")]
+
+
+def test_labels_that_have_changed_are_told(tmp_path, capsys):
+    write(tmp_path / "t" / "train.jsonl", ROWS[:80])
+    write(tmp_path / "t" / "test.jsonl", ROWS[80:100])
+    folder = trained(tmp_path, tmp_path / "t", score="choose")
+    write(tmp_path / "t" / "train.jsonl", [(prompt, answer.replace("Red", "Green")) for prompt, answer in ROWS[:80]])
+    scoring.command(["--run", str(folder), "--device", "cpu"])
+    assert "the labels of task 't' have changed since the run began" in capsys.readouterr().out
 
 
 def test_a_run_without_fingerprints_neither_goes_on_nor_is_scored_on_its_own_tasks(tmp_path, capsys):
@@ -190,6 +227,10 @@ def test_an_adapter_warns_on_another_base(tmp_path, recwarn):
     assert "base_sha256" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     load_adapter(make_llama(), tmp_path / "adapter")
     load_adapter(make_llama().to(torch.bfloat16), tmp_path / "adapter")
+    half = make_llama().to(torch.float16)  # whose rounded weights are told from none
+    load_adapter(half, tmp_path / "adapter")
+    save_adapter(half, tmp_path / "half")
+    load_adapter(make_llama(), tmp_path / "half")
     assert not recwarn
     with pytest.warns(UserWarning, match="was trained on other base weights than this model has"):
         load_adapter(make_llama(seed=1), tmp_path / "adapter")

@@ -179,6 +179,15 @@ def test_experts_are_not_aligned_but_refused_by_name(all_of_them):
         alignment_loss(features, {"attention_mask": mask, "task_ids": torch.tensor([0, 0, 1, 1])})
 
 
+def test_only_adapters_have_routers_that_are_looked_at():
+    """A mixture of experts has one of its own, which is none of R-LoRA's."""
+    model, batch = make("GptOss"), make_batch()
+    adapters = add_adapters(model, AdapterConfig("rlora", rank=2, heads=2))
+    with collect_features(model, "router") as found:
+        label_loss(model, batch)
+    assert list(found) == list(adapters) and all(scores.shape[-1] == 2 for scores in found.values())
+
+
 def test_a_layer_that_is_called_twice_is_not_aligned():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     add_adapters(model, AdapterConfig(rank=2, targets="all-linear"))

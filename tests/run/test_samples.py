@@ -118,9 +118,11 @@ def test_tokens_that_the_model_does_not_have_are_refused_only_where_they_come(mi
 def test_a_prompt_without_tokens_is_refused(capsys, mini):
     tokenizer = AutoTokenizer.from_pretrained(MINI)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    with pytest.raises(ValueError, match="task 't' has a prompt without a single token: '.u200b'"):
-        said(capsys, mini, Task("t", CLOSED, [], [("\u200b", "Yes")]), tokenizer=tokenizer)
+    for begin in (True, False):  # with a begin token before it, it is as empty
+        if not begin:
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        with pytest.raises(ValueError, match="task 't' has a prompt without a single token: '.u200b'"):
+            said(capsys, mini, Task("t", CLOSED, [], [("\u200b", "Yes")]), tokenizer=tokenizer)
 
 
 def test_start_tokens_are_not_put_before_a_prompt_that_has_them(mini):

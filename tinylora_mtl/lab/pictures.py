@@ -136,7 +136,8 @@ def draw_heads(findings, matrices, components, folder):
         left.set(xlabel="adapted layer, from the first to the last", ylabel="mean cosine over pairs")
         points, owner, shares = components
         for i, task in enumerate(findings["distances"]):
-            right.plot(*points[owner == i].T.tolist(), MARKS[i % len(MARKS)], markersize=3.5, label=task,
+            right.plot(*points[owner == i].T.tolist(), MARKS[i % len(MARKS)], markersize=3.5,
+                       label=" " + task.replace("$", r"\$"),  # no formula, and no name that begins with _
                        color=COLOURS[i % len(COLOURS)], fillstyle="full" if i < len(COLOURS) else "none")
         right.set(xlabel=f"first component of A x ({100 * shares[0]:.0f} % of the variance)",
                   ylabel=f"second component ({100 * shares[1]:.0f} %)")

@@ -58,7 +58,7 @@ def save_adapter(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", description)
     tensors = {file_key(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
-    content = save(tensors, {"format": "pt", BASE: of_base(model)})
+    content = save(tensors, {"format": "pt"} | ({BASE: of_base(model)} if told_apart(model) else {}))
     length = int.from_bytes(content[:8], "little")  # of the header, whose two entries come in no fixed order
     header = json.loads(content[8:8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -87,7 +87,7 @@ def load_adapter(model, folder):
         tensors, base = read_tensors(folder / "adapter_model.safetensors", config, description, model)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder} is not an adapter that can be loaded: {str(error):.400}") from error
-    if base not in (None, of_base(model)):
+    if base is not None and told_apart(model) and base != of_base(model):
         warnings.warn(f"the adapter in {folder} was trained on other base weights than this model has, so it may do "
                       "anything here", stacklevel=2)
     adapters = add_adapters(model, config)
@@ -122,7 +122,7 @@ def read_description(description):
         raise ValueError(f"its method {method!r:.60} is none of its type's")
     if not isinstance(stabilized, bool):
         raise ValueError(f"its use_rslora is {stabilized!r:.60}, not true or false")
-    return AdapterConfig(method, number("r", 1, 4096, kinds=int), number("lora_alpha", 0, 10 ** 6),
+    return AdapterConfig(method, number("r", 1, 4096, 8, int), number("lora_alpha", 0, 10 ** 6, 8),  # PEFT's defaults
                          number("lora_dropout", 0, 0.999, 0.0), number("heads", 1, 1024, 1, int),
                          rank_stabilized=stabilized)
 
@@ -190,6 +190,11 @@ def is_copy(stored, key, model):
     if own is None or tuple(stored.get_slice(key).get_shape()) != tuple(own.shape):
         return False
     return torch.equal(stored.get_tensor(key).to(torch.bfloat16), own.to("cpu", torch.bfloat16))
+
+
+def told_apart(model):
+    """Whether `of_base` tells the base: weights that were rounded to float16 have another hash than in other types."""
+    return getattr(model, "dtype", None) != torch.float16
 
 
 def own_name(name):

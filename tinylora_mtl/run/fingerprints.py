@@ -18,7 +18,7 @@ NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "
 
 
 def of_base(model):
-    """A hash of all frozen weights, rounded to bfloat16, so that it is the same for every device and `--dtype`."""
+    """A hash of all frozen weights, rounded to bfloat16: the same on every device, in float32 and in bfloat16."""
     digest, adapter = hashlib.sha256(), {id(parameter) for parameter in adapter_parameters(model).values()}
     for name, parameter in unwrap(model).named_parameters():
         if id(parameter) not in adapter:
@@ -41,15 +41,19 @@ def of_split(task, split):
 
 def of_setting(model, tokenizer):
     """A hash of the model's configuration where it differs from its kind's defaults, and of the tokenizer."""
-    config = {name: value for name, value in unwrap(model).config.to_diff_dict().items() if name not in NO_MATTER}
-    tokens = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps([config, tokens], sort_keys=True, default=str).encode()).hexdigest()
+    def that_matters(value):  # also in a configuration within the configuration
+        return {name: that_matters(inner) for name, inner in value.items() if name not in NO_MATTER} if isinstance(
+            value, dict) else value
+
+    config, tokens = unwrap(model).config.to_diff_dict(), sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([that_matters(config), tokens], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def of_run(model, tokenizer, tasks):
     """What fingerprints.json holds."""
     return {"base": of_base(model), "configuration_and_tokenizer": of_setting(model, tokenizer),
-            "tasks": {task.name: {split: of_split(task, split) for split in SPLIT_SIZES} for task in tasks},
+            "tasks": {task.name: {split: of_split(task, split) for split in SPLIT_SIZES} | {"labels": list(task.labels)}
+                      for task in tasks},
             "training_prompts": " ".join(sorted({of_prompt(prompt) for task in tasks for prompt, _ in task.train}))}
 
 
@@ -65,7 +69,8 @@ def read_fingerprints(folder):
     content = read_json(file)
     kinds = {"base": str, "configuration_and_tokenizer": str, "tasks": dict, "training_prompts": str}
     if any(not isinstance(content.get(name), kind) for name, kind in kinds.items()) or any(
-            not isinstance(splits, dict) for splits in content["tasks"].values()):
+            not isinstance(splits, dict) or any(not isinstance(splits.get(split, {}), dict) for split in SPLIT_SIZES)
+            for splits in content["tasks"].values()):
         raise ValueError(f"{file} is no file that can be read: it does not hold the fingerprints of a run")
     return content
 
@@ -101,7 +106,8 @@ def check_same(folder, model, tokenizer, tasks):
     if stored is None:
         raise ValueError(f"the run in {folder} is of an older version of this package and has no {FILE}, so nothing "
                          "tells whether its data are the same; start it anew")
-    found = changes(stored, tasks, SPLIT_SIZES) + base_changes(stored, model, tokenizer)
+    found = [f"task {task.name!r} is not in {FILE}" for task in tasks if task.name not in stored["tasks"]]
+    found += changes(stored, tasks, SPLIT_SIZES) + base_changes(stored, model, tokenizer)
     if found:
         raise ValueError(f"{'; '.join(found)}: the run in {folder} cannot go on as the same run")
 
@@ -123,6 +129,11 @@ def check_not_trained_on(folder, own_names, tasks, split):
     seen = set(stored["training_prompts"].split())
     for task in tasks:
         changed, samples = changes(stored, [task], [split]), getattr(task, split)
+        if task.name in own_names and task.name not in stored["tasks"]:
+            raise ValueError(f"task {task.name!r} of the run in {folder} is not in its {FILE}, so its {split} prompts "
+                             f"may have been trained on; {anyway}")
+        if stored["tasks"].get(task.name, {}).get("labels", list(task.labels)) != list(task.labels):
+            changed.append(f"the labels of task {task.name!r} have changed since the run began")
         count = sum(of_prompt(prompt) in seen for prompt, _ in samples)
         trained = f"{count} of {len(samples)} {split} prompts of task {task.name!r} were trained on"
         if count and (changed or task.name not in stored["tasks"]):

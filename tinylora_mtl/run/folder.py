@@ -44,7 +44,8 @@ def open_run(config, resuming, model, tokenizer, tasks):
                 write_fingerprints(folder, model, tokenizer, tasks)  # before config.json, which makes the folder a run
             else:
                 check_same(folder, model, tokenizer, tasks)
-            if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in MAY_DIFFER):
+            may_differ = (*MAY_DIFFER, "model", "tasks")  # the last two if their files have moved
+            if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in may_differ):
                 write_json(folder / "config.json", {"format": FORMAT} | asdict(config))
             gather(folder)
             yield folder
@@ -72,7 +73,8 @@ def free_folder(config):
 
 def clear(folder):
     """Take an old run out of a folder: never an old result or checkpoint beside a new config."""
-    for old in ("config.json", FILE, "results.json", "metrics.jsonl", "adapter/adapter_config.json",
+    for old in ("config.json", FILE, "results.json", "metrics.jsonl", "heads.json", "heads.png", "heads.svg",
+                "head_cosines.png", "head_cosines.svg", "adapter/adapter_config.json",
                 "adapter/adapter_model.safetensors"):
         (folder / old).unlink(missing_ok=True)
     for old in list_checkpoints(folder):

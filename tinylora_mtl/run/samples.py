@@ -30,8 +30,10 @@ def say_cut(model, tokenizer, tasks, split, max_length, score):
             if left < 1:
                 raise ValueError(f"task {task.name!r}: an answer of {max_length - left} tokens leaves no room for its "
                                  f"prompt in --max-length {max_length}: {target[:40]!r}")
-        for (prompt, _), ids, left in zip(samples, tokenizer([prompt for prompt, _ in samples])["input_ids"], room):
-            if not ids:
+        plain, whole = (tokenizer([prompt for prompt, _ in samples], add_special_tokens=special)["input_ids"]
+                        for special in (False, True))
+        for (prompt, _), text, ids, left in zip(samples, plain, whole, room):
+            if not text:
                 raise ValueError(f"task {task.name!r} has a prompt without a single token: {prompt!r:.60}")
             cut += len(ids) > left and len(encode_prompt(tokenizer, prompt, 10 ** 9)) > left
         if max(tokenizer.get_vocab().values()) >= rows:

@@ -139,7 +139,13 @@ def resume_config(folder, **changes):
     for name in changes:
         had, value = getattr(config, name), getattr(now, name)
         value, had = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, had)]
-        if value != had and name not in MAY_DIFFER:
+        if value != had and name not in MAY_DIFFER and not (name in ("model", "tasks") and has_moved(had)):
             raise ValueError(f"{flag_of(name)} would make it another run: {folder} has {had}, not {value}; "
                              "leave the flag out, or start a run without --resume")
-    return replace(config, **{name: value for name, value in changes.items() if name in MAY_DIFFER})
+    return replace(now, out=str(folder), overwrite=False)
+
+
+def has_moved(paths):
+    """Whether a path of a run is no longer there: it may be given anew, and the fingerprints tell if it is the same."""
+    paths = [paths] if isinstance(paths, str) else paths
+    return any(os.path.isabs(path) and not os.path.exists(path) for path in paths)
