@@ -23,6 +23,7 @@ def check_samples(model, tokenizer, tasks, split, max_length, score, training=Fa
 def say_cut(model, tokenizer, tasks, split, max_length, score):
     """Print how many prompts of a split are too long for `max_length`, answer included, so that they are cut."""
     rows, prompts, cut = model.get_input_embeddings().weight.shape[0], 0, 0
+    larger = max(tokenizer.get_vocab().values()) >= rows  # the tokenizer than the model
     for task in tasks:
         samples = getattr(task, split)
         room = [max_length - tokens for tokens in answer_tokens(tokenizer, task, split, score)]
@@ -36,7 +37,7 @@ def say_cut(model, tokenizer, tasks, split, max_length, score):
             if not text:
                 raise ValueError(f"task {task.name!r} has a prompt without a single token: {prompt!r:.60}")
             cut += len(ids) > left and len(encode_prompt(tokenizer, prompt, 10 ** 9)) > left
-        if max(tokenizer.get_vocab().values()) >= rows:
+        if larger:
             check_tokens(tokenizer, task, split, rows)
         prompts += len(samples)
     if cut:
