@@ -1,5 +1,7 @@
 """PEFT as an independent implementation of LoRA: same weights, same outputs, same gradients, files both ways."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_batch, make_llama, randomize_adapters
@@ -129,3 +131,11 @@ def test_same_dropout_place_as_peft():
         torch.manual_seed(5)
         outputs.append(model.train()(IDS).logits)
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_older_description_lacks_has_pefts_default(tmp_path):
+    theirs, file = theirs_in(tmp_path, r=8, lora_alpha=8, target_modules=["q_proj"]), tmp_path / "adapter_config.json"
+    ours, description = make_llama(), json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in description.items() if name not in ("r", "lora_alpha")}))
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)

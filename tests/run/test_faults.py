@@ -61,7 +61,7 @@ ADAPTERS = {  # name: (method, how it is spoiled, what the line must say)
     "rank as text": ("lora", entry(r="2"), "its r is '2', not a whole number"),
     "rank as truth": ("lora", entry(r=True), "its r is True, not a whole"),
     "rank as fraction": ("lora", entry(r=2.0), "its r is 2.0, not a whole"),
-    "no rank": ("lora", lambda c, t: c.pop("r"), "its r is None"),
+    "no rank": ("lora", lambda c, t: c.pop("r"), r"lora_A.weight has shape \[2, 256\], not \[8, 256\]"),  # PEFT's default
     "alpha as a list": ("lora", entry(lora_alpha=[16]), r"its lora_alpha is \[16\]"),
     "alpha nan": ("lora", entry(lora_alpha=float("nan")), "its lora_alpha is nan"),
     "alpha infinite": ("lora", entry(lora_alpha=float("inf")), "its lora_alpha is inf"),
