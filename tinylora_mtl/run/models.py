@@ -118,7 +118,7 @@ def compile_model(model, batch):
             torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
         return compiled
     except Exception as error:  # of many kinds, by what is missing
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # the cause may stand in the second line
         print(f"torch.compile does not work here ({reason:.200}): going on without it")
         return model
 
