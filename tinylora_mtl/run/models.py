@@ -118,7 +118,8 @@ def compile_model(model, batch):
             torch.autograd.grad(label_loss(compiled, batch), list(adapter_parameters(model).values()))
         return compiled
     except Exception as error:  # of many kinds, by what is missing
-        reason = " ".join(f"{type(error).__name__}: {error}".split())  # the cause may stand in the second line
+        first, *more = f"{type(error).__name__}: {error}".splitlines()
+        reason = " ".join([first, *more[:1]]) if first.endswith(":") else first  # the cause is in the line after it
         print(f"torch.compile does not work here ({reason:.200}): going on without it")
         return model
 
