@@ -27,9 +27,9 @@ VARIANCE_EPS = 1e-5  # added to each variance, so that a feature which happens n
 def collect_features(model, part="lora_A"):
     """Within the block, every forward pass of the model leaves z = A x of each adapted layer in the yielded dict.
 
-    Yields {layer name: z [batch, length, r]}, or [batch · length, r] where a layer sees its tokens in one row; with
-    part="router", the router's scores, N instead of r. Leave the block before `backward`: with gradient checkpointing
-    the layers run once more there, and those outputs must not be counted.
+    Yields {layer name: z [batch, length, r]}, or [batch · length, r] where a layer sees its tokens in one row, or more
+    rows where it is called again; with part="router", the router's scores, N instead of r. Leave the block before
+    `backward`: with gradient checkpointing the layers run once more there, and those outputs must not be counted.
     """
     features, handles = {}, []
     for name, adapter in find_adapters(model).items():

@@ -69,7 +69,7 @@ def end_tokens(model, tokenizer):
     return [tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])]
 
 
-def read_answer(tokenizer, ids, eos=()):
+def read_answer(tokenizer, ids, eos):
     """The answer in what a model wrote: up to the first special token, one of `eos`, or line break; else with "…"."""
     ends = {*eos, *tokenizer.all_special_ids}
     length = next((n for n, token in enumerate(ids) if token in ends), None)

@@ -55,7 +55,7 @@ def linear_layers(model):
     for path, layer in model.named_modules():
         if path and is_linear(layer):
             parts = path.split(".")
-            owners = {type(model.get_submodule(".".join(parts[:i]))) for i in range(len(parts))}
+            owners = {type(model.get_submodule(".".join(parts[:i]))) for i in range(len(parts))}  # all around it
             if any(parts[-1] in weights_used_by(owner) for owner in owners):
                 left_out[path] = "its weight is used without calling it"
             elif type(layer).forward is not nn.Linear.forward and not returns_y(layer):
@@ -67,7 +67,7 @@ def linear_layers(model):
 
 @cache
 def weights_used_by(kind):
-    """The layers of whose weight or bias the code of a class uses more than type, shape or a part (as Bloom may)."""
+    """The layers whose weight or bias the code of a class takes, for more than its type, shape or a part (Bloom)."""
     try:
         return set(re.findall(r"\.(\w+)\.(?:weight|bias)\b(?!\.dtype|\.device|\.shape|\[)", inspect.getsource(kind)))
     except (OSError, TypeError):  # there is no source, as in a notebook

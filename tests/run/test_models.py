@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.config import TrainConfig
 
 TOKENIZER = load_model("mini", "cpu")[1]
+README = Path(__file__).parents[2] / "README.md"
 SMALL = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)
 GATED = SMALL | dict(intermediate_size=48, num_key_value_heads=2, head_dim=8)
@@ -64,6 +66,10 @@ def make(family):
     torch.manual_seed(0)
     name = "Gemma3ForCausalLM" if family == "Gemma3Text" else name
     return getattr(transformers, name)(getattr(transformers, config)(**ALL[family][0])).eval()
+
+
+def test_the_readme_counts_the_families():
+    assert len(ALL) == 30 and "thirty families are in the tests" in README.read_text(encoding="utf-8")
 
 
 def make_batch(extra=()):

@@ -127,9 +127,8 @@ def make_task(name, samples, hold_out=("validation",)):
     for split in [split for split in hold_out if split not in samples]:
         low, high, most = HELD_OUT[split]
         place = {sample: place_of(sample[0]) for sample in splits["train"]}
-        held = sorted({value for value in place.values() if low <= value < high})
-        last = held[:most][-1] if held else low
-        splits[split] = [sample for sample in splits["train"] if low <= place[sample] <= last]
+        held = set(sorted({value for value in place.values() if low <= value < high})[:most])
+        splits[split] = [sample for sample in splits["train"] if place[sample] in held]
         splits["train"] = [sample for sample in splits["train"] if not low <= place[sample] < high]
     targets = [target for _, target in splits["train"] or splits["test"]]
     labels = set(targets)

@@ -133,9 +133,10 @@ def inspect_run(folder, device="auto"):
         return [found.get(name) for name in adapters]
 
     features, seen, apart, heads_alike = state()
-    if len(seen) < len(adapters):
-        print(f"{len(adapters) - len(seen)} layers do not see every token (experts), so their features are left out: "
-              f"{', '.join([name for name in adapters if name not in seen][:3])}, …")
+    left_out = [name for name in adapters if name not in seen]
+    if left_out:
+        print(f"{len(left_out)} layers do not see every token once (experts, say), so their features are left out: "
+              f"{', '.join(left_out[:3])}{', …' if left_out[3:] else ''}")
     heads = [cosines(adapter.heads.detach().flatten(1).cpu()) for adapter in adapters.values()
              if len(getattr(adapter, "heads", ())) > 1]
     router = []

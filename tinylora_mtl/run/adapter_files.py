@@ -18,7 +18,7 @@ from ..lora import linear_shape
 from ..multihead import MultiHeadLoRALinear
 from ..targets import linear_layers, target_names, unwrap
 from .files import read_json, write_file, write_json
-from .fingerprints import of_base
+from .fingerprints import of_base, plain_name
 
 MULTIHEAD = "TINYLORA_MTL_MULTIHEAD"
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
@@ -48,7 +48,7 @@ def save_adapter(model, folder):
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout or 0.0,
-        "use_rslora": first.rank_stabilized, "target_modules": list(map(own_name, adapters)), "bias": "none",
+        "use_rslora": first.rank_stabilized, "target_modules": list(map(plain_name, adapters)), "bias": "none",
         "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear), "inference_mode": True,
     }
     if isinstance(first, MultiHeadLoRALinear):
@@ -134,7 +134,7 @@ def read_tensors(file, config, description, model):
     """
     with safe_open(file, "pt") as stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}
-        linear = {own_name(name): name for name in linear_layers(model)[0]}
+        linear = {plain_name(name): name for name in linear_layers(model)[0]}
         layers = sorted({key.removeprefix(PREFIX).rsplit(".lora_A", 1)[0] for key in shapes if ".lora_A" in key})
         for name in layers or ["?"]:
             if name not in linear:
@@ -197,11 +197,6 @@ def told_apart(model):
     return getattr(model, "dtype", None) != torch.float16
 
 
-def own_name(name):
-    """The name of a layer or parameter, also if a part of the model is compiled."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
 def file_key(name):
     """The key in a PEFT file of a parameter of `adapter_parameters`."""
-    return PREFIX + own_name(name if name.endswith(".weight") else f"{name}.weight")
+    return PREFIX + plain_name(name if name.endswith(".weight") else f"{name}.weight")

@@ -9,7 +9,7 @@ import torch
 from ..adapters import adapter_parameters
 from ..data.tasks import SPLIT_SIZES, prompt_key
 from ..targets import unwrap
-from .files import read_json, write_json
+from .files import read_json
 
 FILE = "fingerprints.json"
 # Of a model's configuration: where it is from, and what only its loading or its generation settings are about.
@@ -22,10 +22,15 @@ def of_base(model):
     digest, adapter = hashlib.sha256(), {id(parameter) for parameter in adapter_parameters(model).values()}
     for name, parameter in unwrap(model).named_parameters():
         if id(parameter) not in adapter:
-            name = name.replace("_orig_mod.", "").replace(".base.", ".")  # as without the adapters
+            name = plain_name(name).replace(".base.", ".")  # as without the adapters
             digest.update(f"{name} {list(parameter.shape)}".encode())
             digest.update(parameter.detach().to("cpu", torch.bfloat16).flatten().view(torch.int16).numpy().data)
     return digest.hexdigest()
+
+
+def plain_name(name):
+    """The name of a layer or parameter, also if a part of the model is compiled."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def of_prompt(prompt):
@@ -55,10 +60,6 @@ def of_run(model, tokenizer, tasks):
             "tasks": {task.name: {split: of_split(task, split) for split in SPLIT_SIZES} | {"labels": list(task.labels)}
                       for task in tasks},
             "training_prompts": " ".join(sorted({of_prompt(prompt) for task in tasks for prompt, _ in task.train}))}
-
-
-def write_fingerprints(folder, model, tokenizer, tasks):
-    write_json(Path(folder) / FILE, of_run(model, tokenizer, tasks))
 
 
 def read_fingerprints(folder):

@@ -12,7 +12,7 @@ from .checkpoint import FORMAT, list_checkpoints
 from .cli import Stopped
 from .distributed import gather, process_rank
 from .files import make_folder, write_json
-from .fingerprints import FILE, check_same, write_fingerprints
+from .fingerprints import FILE, check_same, of_run
 from .settings import MAY_DIFFER, read_config
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)  # of a network disk: better unguarded than not at all
@@ -41,7 +41,7 @@ def open_run(config, resuming, model, tokenizer, tasks):
         try:
             if not resuming:
                 clear(folder)
-                write_fingerprints(folder, model, tokenizer, tasks)  # before config.json, which makes the folder a run
+                write_json(folder / FILE, of_run(model, tokenizer, tasks))  # before what makes the folder a run
             else:
                 check_same(folder, model, tokenizer, tasks)
             may_differ = (*MAY_DIFFER, "model", "tasks")  # the last two if their files have moved
