@@ -24,7 +24,8 @@ tasks.embedded_samples = functools.cache(tasks.embedded_samples)  # always the s
 
 # Settings of a run that takes a second or two.
 TINY = dict(tasks=("word_sorting", "dyck_languages"), steps=3, batch_size=4, rank=2, samples=8, support=4, query=4,
-            tasks_per_round=2, inner_steps=2, targets=("down_proj",), device="cpu", split="validation")
+            tasks_per_round=2, inner_steps=2, targets=("down_proj",), device="cpu", split="validation",
+            score_samples=50)
 
 
 def run(folder, **changes):
@@ -104,7 +105,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two samples of a task to score instead of a hundred: scoring is not what these tests are about."""
+    """Two samples of a task to score instead of fifty: scoring is not what these tests are about."""
     def load(*args):
         return [replace(task, validation=task.validation[:2]) for task in load_tasks(*args)]
     monkeypatch.setattr(training, "load_tasks", load)

@@ -77,6 +77,8 @@ def save_with_warning(model, *args, **options):
 def make_adapter(base, config):
     """The adapter that a config asks for, around one linear layer."""
     method = LAYERS[config.method]
+    if "layer" in method:  # of the gallery: a class that takes its settings from the config itself
+        return method["layer"](base, config)
     dropout = method["dropout"] if config.dropout is None else config.dropout
     stabilized = method["rank_stabilized"] if config.rank_stabilized is None else config.rank_stabilized
     if not 0 <= dropout < 1:
@@ -107,8 +109,7 @@ def adapter_parameters(model):
 def remove_adapters(model):
     """Put the base layers back, in place. The base was never changed, so the model is what it was, bit for bit.
 
-    The start of R-LoRA's heads is not subtracted from W [d_out, d_in], as it is in arXiv 2502.15455, so each W is the
-    very tensor that it was. All of the model can train again.
+    Not so in arXiv 2502.15455, where the start of the heads is subtracted from W [d_out, d_in]. All can train again.
     """
     model = unwrap(model)
     for name, adapter in find_adapters(model).items():

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from .adapters import LAYERS, AdapterConfig
 
-METHODS = ("lora", "hydralora", "rlora", "mlora", "align", "meta")  # the last two train plain LoRA layers
 MINI_LR = {"lora": 5e-3, "hydralora": 5e-3, "rlora": 5e-3, "mlora": 2e-3, "align": 5e-3, "meta": 5e-3}
+METHODS = MINI_LR.keys()  # the last two of these train plain LoRA layers
 META_SAMPLES = 50  # training samples that MeTA-LoRA keeps of a task if `samples` does not say it
 ALIGN_WEIGHT = {"kl": 0.2, "mmd": 0.01}  # λ as in the authors' script (KL) and as reported for the paper (MMD)
 
@@ -58,8 +58,8 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "compute each layer anew in the backward pass: less memory, about "
                                                  "half as much time again, the same result")
     compile: bool = option(False, "have torch compile the model for training (not for align); worth it for long runs")
-    split: str = option("test", "the samples that accuracy is measured on; choose settings on validation",
-                        choices=("test", "validation"))
+    split: str = option("test", "what is scored; choose settings on validation", choices=("test", "validation"))
+    score_samples: int = option(None, "score this many samples of each task (default: 200 on mini, else all)", type=int)
     score: str = option("generate", "write it, or choose the likeliest of the labels", choices=("generate", "choose"))
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     checkpoint_every: int = option(50, "steps between two checkpoints, from which --resume goes on")
@@ -75,7 +75,7 @@ def resolve(config):
                          f"of {', '.join(ALIGN_WEIGHT)}")
     mini = config.model == "mini"
     defaults = {"lr": MINI_LR[config.method] if mini else 5e-4, "align_weight": ALIGN_WEIGHT[config.align],
-                "targets": ("all-linear",) if mini else None}
+                "targets": ("all-linear",) if mini else None, "score_samples": 200 if mini else None}
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 

@@ -92,8 +92,7 @@ def prompt_batch(model, tokenizer, prompts, max_length):
 
 
 def length_buckets(samples, batch_size=128):
-    """Lists of indices of (prompt, target) samples, those of like length together: none is more than half as long again
-    as another of its list, for on a CPU, padding costs as much as text."""
+    """Lists of indices of samples, those of like length together (within 1.5 times): padding costs as much as text."""
     lists = []
     for i in sorted(range(len(samples)), key=lambda i: len(samples[i][0])):
         if not lists or len(lists[-1]) == batch_size or len(samples[i][0]) > 1.5 * len(samples[lists[-1][0]][0]):

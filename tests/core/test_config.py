@@ -11,6 +11,7 @@ def test_defaults_that_depend_on_the_method_and_the_model(method):
     mini, other = (resolve(TrainConfig(method=method, model=model)) for model in ("mini", "elsewhere"))
     assert (mini.lr, other.lr) == (MINI_LR[method], 5e-4)
     assert (mini.targets, other.targets) == (("all-linear",), None)
+    assert (mini.score_samples, other.score_samples) == (200, None)
     assert mini.align_weight == ALIGN_WEIGHT["kl"] == 0.2
     assert resolve(mini) == mini
 
@@ -20,7 +21,8 @@ def test_the_weight_of_the_alignment_is_its_kinds():
 
 
 def test_what_is_given_stays_and_the_config_too():
-    given = TrainConfig(method="meta", lr=0.1, align_weight=0.0, samples=7, targets=("q_proj",))
+    given = TrainConfig(method="meta", lr=0.1, align_weight=0.0, samples=7, targets=("q_proj",),
+                        score_samples=9)
     assert resolve(given) == given
     config = TrainConfig()
     resolve(config)

@@ -90,7 +90,7 @@ def test_prompts_give_way_to_the_targets_of_their_own_batch_only():
     longest = target + EXTRA_TOKENS + left  # what is left where the long target is
     generate_answers(model, tokenizer, samples, longest, batch_size=2)
     read = [length for _, length in prompts if length > 1]
-    assert read == [left, whole] and whole > left + 5
+    assert read == [left, whole] and whole > left
 
 
 def test_likelihoods_that_are_not_finite_choose_nothing():
@@ -144,7 +144,7 @@ def test_a_tokenizer_of_a_few_words_is_enough():
 
 def test_the_models_own_end_tokens_count():
     model, tokenizer, _ = load_model("mini", "cpu")
-    sample = load_tasks(["word_sorting"])[0].test[0]
+    sample = ("sort ink cup bag =", "bag cup ink")  # as in pre-training, so that the answer has several words
     whole, = generate_answers(model, tokenizer, [sample])
     middle = tokenizer(f" {whole}", add_special_tokens=False)["input_ids"][1]
     model.generation_config.eos_token_id = [1, middle]
@@ -197,6 +197,8 @@ def test_answers_are_the_greedy_ones_one_sample_at_a_time(padded_with):
     if padded_with == "the end token":  # as for a tokenizer that has no other
         tokenizer.pad_token = tokenizer.eos_token
     samples = [sample for task in load_tasks(["word_sorting", "navigate"]) for sample in task.test[:4]]
+    samples += [("sort ink cup bag =", "bag cup ink"), ("order hen axe =", "axe hen")]  # which it answers in any case
+    found = []
     for (prompt, target), answer in zip(samples, generate_answers(model, tokenizer, samples, batch_size=5)):
         ids = tokenizer(prompt)["input_ids"]
         written = []
@@ -206,13 +208,16 @@ def test_answers_are_the_greedy_ones_one_sample_at_a_time(padded_with):
                 break
             written.append(token)
         expected = tokenizer.decode(written).split("\n")[0].strip()
-        assert expected and answer.startswith(expected)
+        assert answer.startswith(expected) and bool(answer) == bool(expected)
+        found.append(expected)
+    assert len(set(found)) > 2
 
 
 def test_the_models_own_way_of_generating_does_not_count():
     """A model may come with sampling, beams or penalties in its generation_config; answers are greedy all the same."""
     model, tokenizer, _ = load_model("mini", "cpu")
-    samples = [(prompt, target) for prompt, target in load_tasks(["word_sorting"])[0].test[:8]]
+    samples = [*load_tasks(["word_sorting"])[0].test[:6], ("sort ink cup bag =", "bag cup ink"),
+               ("order hen axe =", "axe hen")]
     answers = generate_answers(model, tokenizer, samples)
     own = dict(do_sample=True, temperature=9.0, num_beams=3, repetition_penalty=9.0, no_repeat_ngram_size=1,
                max_new_tokens=1, pad_token_id=7)

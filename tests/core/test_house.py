@@ -44,7 +44,7 @@ def foreign(source, room):
         first, second = (*name.split("."), "")[:2]
         if first == "tinylora_mtl":
             theirs = second if second in ROOMS else "core" if (PACKAGE / f"{second}.py").is_file() else "the face"
-            if theirs not in MAY_IMPORT[room] | {room}:
+            if theirs not in MAY_IMPORT[room] | {room} and not (name == "tinylora_mtl.__version__" and room == "lab"):
                 names.append(name)
         elif first not in (OF_THE_CORE if room == "core" else OF_THE_ROOMS):
             names.append(name)
@@ -66,6 +66,8 @@ def foreign(source, room):
     ("run", "from ..lab.plan import x\nfrom .. import save_adapter, lab",
      ["tinylora_mtl.lab.plan.x", "tinylora_mtl.save_adapter", "tinylora_mtl.lab"]),
     ("lab", "from ..run.loop import x\nfrom ..data import y\nfrom ..train import z\nimport pandas", ["pandas"]),
+    ("lab", "from .. import __version__", []),
+    ("core", "from . import __version__", ["tinylora_mtl.__version__"]),
     ("lab", "from ..classroom.blank import x", ["tinylora_mtl.classroom.blank.x"]),
     ("classroom", "import ast\nfrom .blank import x", []),
     ("classroom", "from ..lora import LoRALinear", ["tinylora_mtl.lora.LoRALinear"])])

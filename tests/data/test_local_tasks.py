@@ -234,5 +234,5 @@ def test_training_on_a_folder_and_an_embedded_task_together(tmp_path):
         write(tmp_path / "echo" / f"{split}.jsonl", [(f"say {word} {split} Answer:", word) for word in words])
     results = training.run(TrainConfig(
         tasks=(str(tmp_path / "echo"), "navigate"), method="lora", steps=2, batch_size=4, samples=4, device="cpu",
-        out=str(tmp_path / "run")))
-    assert set(results["after"]) == {"echo", "navigate"} and results["samples"] == {"echo": 12, "navigate": 100}
+        score_samples=20, out=str(tmp_path / "run")))
+    assert set(results["after"]) == {"echo", "navigate"} and results["samples"] == {"echo": 12, "navigate": 20}

@@ -1,16 +1,19 @@
-"""The embedded tasks: seeded, disjoint, and their answers recomputed from the prompt alone."""
+"""The embedded tasks: seeded, disjoint, their splits alike, and their answers recomputed from the prompt alone."""
 
 import doctest
 import functools
+import itertools
 import random
 import re
+from collections import Counter
 
 import pytest
 
 from tinylora_mtl.data import embedded, load_tasks
-from tinylora_mtl.data.embedded import CATEGORIES, LANGUAGES, NUMBERS, PHRASES, SKILLS, WORDED_SIZES, worded_sample
+from tinylora_mtl.data.embedded import (ANSWERS, CATEGORIES, LANGUAGES, NUMBERS, PHRASES, SKILLS, WORDED_SIZES, WORDS,
+                                        worded_sample)
 from tinylora_mtl.data.pretrain import PROBLEM_SIZES
-from tinylora_mtl.data.tasks import TASK_SETS
+from tinylora_mtl.data.tasks import TASK_SETS, scored_samples
 
 
 @functools.cache
@@ -61,37 +64,66 @@ def test_answers_follow_from_the_prompts(name):
         assert solve(name, prompt) == target, prompt
 
 
+def read_numbers(language, prompt):
+    """(kind, the three numbers) of a prompt, read with the phrases of its language: ("+-", [3, 4, 2])."""
+    result, plus, minus, largest = PHRASES[language]
+    for phrase, blank in ((result, "(.*)"), (largest, r"([\w-]+)")):
+        if found := re.fullmatch(blank.join(map(re.escape, phrase.split("{}"))), prompt):
+            words = " ".join(found.groups()).split()
+            signs = [{plus: "+", minus: "-"}[sign] for sign in words[1::2]] if phrase == result else ["max"]
+            operands = words[::2] if phrase == result else words
+            return "".join(signs), [LANGUAGES[language].index(word) for word in operands]
+    raise AssertionError(prompt)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_answers_in_every_language(language):
-    words = LANGUAGES[language]
+    words, task, kinds = LANGUAGES[language], embedded_task(language), set()
     assert len(set(words)) == 21
-    compute = [lambda a, b: a + b, lambda a, b: a - b, lambda a: a + 1, max]
-    task = embedded_task(language)
-    kinds = set()
-    for prompt, target in task.train + task.test:
-        for kind, phrase in enumerate(PHRASES[language]):
-            if match := re.fullmatch(re.escape(phrase).replace(r"\{\}", r"([\w-]+)"), prompt):
-                kinds.add(kind)
-                assert words[compute[kind](*(words.index(word) for word in match.groups()))] == target
-                break
-        else:
-            raise AssertionError(prompt)
-    assert kinds == {0, 1, 2, 3}
+    compute = {"++": lambda a, b, c: a + b + c, "--": lambda a, b, c: a - b - c, "+-": lambda a, b, c: a + b - c,
+               "max": max}
+    for prompt, target in task.train + task.validation + task.test:
+        kind, operands = read_numbers(language, prompt)
+        kinds.add(kind)
+        assert words[compute[kind](*operands)] == target
+    assert kinds == set(compute)
 
 
 @pytest.mark.parametrize("name", [*SKILLS, *LANGUAGES])
 def test_splits_are_disjoint_of_full_size_and_always_the_same(name):
     task, again = embedded_task(name), load_tasks([name])[0]
-    assert (len(task.train), len(task.validation), len(task.test)) == (500, 100, 100)
+    assert (len(task.train), len(task.validation), len(task.test)) == (500, 500, 1000)
     prompts = [prompt for prompt, _ in task.train + task.validation + task.test]
-    assert len(set(prompts)) == 700
+    assert len(set(prompts)) == 2000
     assert task == again
 
 
-@pytest.mark.parametrize("name", SKILLS)
-def test_no_answer_is_nearly_always_right(name):
-    targets = [target for _, target in embedded_task(name).test]
-    assert max(targets.count(target) for target in targets) <= 65
+COUNTED = {  # the words of a prompt whose number is the size of its problem
+    "boolean_expressions": ["True", "False"], "word_sorting": WORDS, "dyck_languages": list("()[]{}<>"),
+    "object_counting": NUMBERS, "navigate": ["Take"], "web_of_lies": ["lies", "tells"],
+    "tracking_shuffled_objects": ["trade"], "multistep_arithmetic": NUMBERS}
+
+
+def size_of(name, prompt):
+    """The size of the problem in a prompt, or of a language its kind, read from the words alone."""
+    if name in LANGUAGES:
+        return read_numbers(name, prompt)[0]
+    return sum(word in COUNTED[name] for word in re.findall(r"\w+|[^\w\s]", prompt))
+
+
+@pytest.mark.parametrize("name", [*SKILLS, *LANGUAGES])
+def test_all_splits_come_from_one_distribution(name):
+    """In every split as many problems of each size, and of these, where there are two answers, half with each.
+
+    Else few of the rarer kind are left for the split that is drawn last, for no prompt comes twice.
+    """
+    task, sizes, answers = embedded_task(name), WORDED_SIZES.get(name, ("++", "--", "+-", "max")), ANSWERS.get(name)
+    for split in (task.train, task.validation, task.test):
+        kinds = Counter((size_of(name, prompt), answers and target) for prompt, target in split)
+        assert set(kinds) == set(itertools.product(sizes, answers or [None]))
+        assert max(kinds.values()) - min(kinds.values()) <= 1
+        targets = Counter(target for _, target in split)
+        assert max(targets.values()) <= (0.5 if answers else 0.35) * len(split)  # the commonest alone is not enough
 
 
 def test_a_sample_draws_from_its_own_generator_only():
@@ -113,6 +145,19 @@ def test_fewer_samples_are_drawn_with_the_seed_and_tests_stay():
     assert few.test == other.test == everything.test and few.validation == everything.validation
 
 
+def test_scored_samples_are_drawn_and_always_the_same():
+    tasks = load_tasks(["navigate", "word_sorting"])
+    some, again = scored_samples(tasks, "test", 50), scored_samples(tasks[::-1], "test", 50)[::-1]
+    assert some == again
+    for part, task in zip(some, tasks):
+        assert len(set(part.test)) == 50 and set(part.test) <= set(task.test)
+        assert 10 < len(set(part.test) & set(task.test[500:])) < 40  # not the first ones
+        assert (part.train, part.validation, part.labels) == (task.train, task.validation, task.labels)
+    for count in (None, 1000, 1001):
+        assert scored_samples(tasks, "test", count) == tasks
+    assert [len(part.validation) for part in scored_samples(tasks, "validation", 1)] == [1, 1]
+
+
 @pytest.mark.parametrize("names,samples,message", [
     (["navigat"], None, "unknown task 'navigat'; there are: mini, mini-multilingual, boolean_expressions"),
     (["mini", "navigate"], None, "'navigate' is asked for more than once"),
@@ -132,3 +177,4 @@ def test_the_worked_example_of_the_module():
 @pytest.mark.parametrize("sizes", [WORDED_SIZES, PROBLEM_SIZES])
 def test_every_skill_has_its_sizes(sizes):
     assert set(sizes) == set(SKILLS)
+    assert all(set(WORDED_SIZES[name]) <= set(sizes[name]) for name in SKILLS)  # the worded ones are met before

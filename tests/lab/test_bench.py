@@ -153,16 +153,18 @@ def figure(number, what, on, ratio, **more):
 
 
 def test_the_table_says_what_the_results_say():
-    results = {"columns": ["mini", "real"], "figures": [
-        figure(1, "a", "mini", 1.0), figure(1, "a", "real", 1.2), figure(4, "b, 5 → 6", "real", 0.5),
+    results = {"columns": ["mini", "a/real"], "on": "a card", "repeats": 7, "dtype": "bfloat16", "figures": [
+        figure(1, "a", "mini", 1.0), figure(1, "a", "a/real", 1.2), figure(4, "b, 5 → 6", "a/real", 0.5),
         figure(5, "c", "mini", 0.7, missing="peft"), figure(5, "c", "mini", 7.0, target=[5, None], reached=True),
-        figure(6, "d", "real", 1.0, target=[0.97, 1.03])]}
-    assert bench.figure_table(json.loads(json.dumps(results))).splitlines()[2:] == [
+        figure(6, "d", "a/real", 1.0, target=[0.97, 1.03])]}
+    assert bench.figure_table(json.loads(json.dumps(results))).splitlines() == [
+        "|  |  | against | target | mini | real |", "|---|---|---|---|---|---|",
         "| 1 | a: time | that | at most 1.05 | 1.00 (0.90-1.10) | 1.20 (1.10-1.30), not reached |",
         "| 4 | b, 5 → 6: time | that | at most 1.05 |  | 0.50 (0.40-0.60) |",
         "| 5 | c: time | that | at most 1.05 | not measured: needs peft |  |",
         "| 5 | c: time | that | at least 5 | 7.00 (6.90-7.10) |  |",
-        "| 6 | d: time | that | 0.97 to 1.03 |  | 1.00 (0.90-1.10) |"]
+        "| 6 | d: time | that | 0.97 to 1.03 |  | 1.00 (0.90-1.10) |", "",
+        "Ratios, medians of 7 turns of each side, with their quartiles; weights in bfloat16.", "On a card."]
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
@@ -170,6 +172,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     written = json.loads((tmp_path / "new/a.json").read_text())
     assert written == returned and capsys.readouterr().out.strip() == bench.figure_table(written)
     only, = written["figures"]
+    assert "thread" in written["on"] and f"torch {torch.__version__}" in written["on"]
     assert len(only["ours"]) == 2 and only["on"] == "mini" and only["target"] == [0.97, 1.03]
 
 

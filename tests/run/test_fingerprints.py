@@ -243,6 +243,7 @@ def test_settings_in_force_are_printed_and_nothing_is_done(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == set(TrainConfig.__dataclass_fields__) and not (tmp_path / "run").exists()
     assert (printed["lr"], printed["max_length"], printed["targets"]) == (5e-3, 256, ["all-linear"])
+    assert printed["score_samples"] == 200
 
 
 def flags(tmp_path, *more):

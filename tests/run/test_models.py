@@ -300,7 +300,7 @@ def test_the_command_trains_on_a_folder_without_a_pad_token(tmp_path, family, me
     results = training.run(TrainConfig(
         model=str(tmp_path / "a model"), tasks=("navigate", "web_of_lies"), method=method, steps=2, batch_size=8,
         support=4, query=4, tasks_per_round=2, samples=20, device="cpu", split="validation", score="choose",
-        out=str(tmp_path / "run")))
+        score_samples=100, out=str(tmp_path / "run")))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["lr"] == 5e-4 and config["max_length"] == 128  # what the model has positions for
     assert results["score"] == "choose" and results["samples"] == {"navigate": 100, "web_of_lies": 100}

@@ -231,8 +231,8 @@ def test_a_run_of_version_0_1_can_be_evaluated_but_not_gone_on_with(tmp_path, fe
 CHANGED = dict(model="elsewhere", tasks=["navigate"], method="lora", rank=3, alpha=8.0, dropout=0.3, heads=3,
                targets=["q_proj"], steps=8, batch_size=8, accumulation=2, lr=0.001, warmup=0.0, clip=2.0,
                max_length=100, samples=9, align="mmd", align_weight=0.1, tasks_per_round=1, support=2, query=2,
-               inner_steps=1, inner_lr=0.1, seed=1, split="test", score="choose", dtype="float16", log_every=1,
-               out="elsewhere", overwrite=True, zero_start=True, shuffle_groups=True)
+               inner_steps=1, inner_lr=0.1, seed=1, split="test", score_samples=9, score="choose", dtype="float16",
+               log_every=1, out="elsewhere", overwrite=True, zero_start=True, shuffle_groups=True)
 
 
 def test_changed_settings_are_refused_by_name(tmp_path, few, capsys):

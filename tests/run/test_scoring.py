@@ -5,16 +5,16 @@ import re
 
 import pytest
 import torch
-from conftest import command, make_llama
+from conftest import TINY, command, make_llama, run
 
 from tinylora_mtl import AdapterConfig, add_adapters, evaluate, save_adapter
 from tinylora_mtl.batching import encode_target
 from tinylora_mtl.config import TrainConfig
-from tinylora_mtl.data.tasks import Task, load_tasks, with_shots
+from tinylora_mtl.data.tasks import Task, load_tasks, scored_samples, with_shots
 from tinylora_mtl.evaluate import EXTRA_TOKENS, prompt_batch
 from tinylora_mtl.run import ranking, scoring, training
 from tinylora_mtl.run.cli import run_command
-from tinylora_mtl.run.models import load_model
+from tinylora_mtl.run.models import MINI, load_model
 from tinylora_mtl.run.samples import say_cut
 from tinylora_mtl.run.scoring import average, average_interval, commonest, interval, table, task_accuracy
 
@@ -23,7 +23,7 @@ from tinylora_mtl.run.scoring import average, average_interval, commonest, inter
 def test_scoring_prints_no_warnings_of_the_libraries(tmp_path):
     """With both kinds of scoring, in a process of its own: such warnings come once."""
     for score in ("choose", "generate"):
-        done = command("--tasks", "navigate", "--score", score, module="evaluate", cwd=tmp_path)
+        done = command("--tasks", "navigate", "--score", score, "--score-samples", 50, module="evaluate", cwd=tmp_path)
         assert done.returncode == 0 and not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
 
 
@@ -109,35 +109,77 @@ def test_a_sample_that_comes_twice_is_one_shot():
 
 def test_the_command_scores_a_run_an_adapter_and_the_base(tmp_path, capsys):
     config = TrainConfig(tasks=("word_sorting",), method="lora", steps=30, batch_size=16, out=str(tmp_path / "run"),
-                         device="cpu", split="validation")
+                         device="cpu", split="validation", score_samples=100)
     results = training.run(config)
-    assert scoring.command(["--run", str(tmp_path / "run")]) == results["after"]  # on the run's own split
-    folder = ["--adapter", str(tmp_path / "run" / "adapter"), "--tasks", "word_sorting", "--split", "validation"]
+    assert scoring.command(["--run", str(tmp_path / "run")]) == results["after"]  # on the run's own samples
+    folder = ["--adapter", str(tmp_path / "run" / "adapter"), "--tasks", "word_sorting", "--split", "validation",
+              "--score-samples", "100"]
     assert scoring.command(folder) == results["after"] != results["before"]
     capsys.readouterr()
     assert scoring.command([*folder[2:], "--show", "2"]) == results["before"]
     printed = capsys.readouterr().out
     assert printed.count("[word_sorting] Sort the following words") == 2 and printed.count("the answer is") == 2
-    navigate = ["--tasks", "navigate", "--split", "validation", "--score", "choose", "--show", "1"]
-    assert 0.3 < scoring.command([*navigate, "--shots", "2"])["navigate"] < 0.7  # one of two labels, and it cannot know
+    navigate = ["--tasks", "navigate", "--score", "choose", "--show", "1", "--score-samples", "50"]
+    assert 0 < scoring.command([*navigate, "--shots", "2"])["navigate"] < 1  # one of two labels
     printed = capsys.readouterr().out
     assert printed.count("Answer: Yes") + printed.count("Answer: No") == 2 and "scored by choose" in printed
 
 
 def test_prompts_that_are_cut_are_counted_and_told(capsys):
     model, tokenizer, _ = load_model("mini", "cpu")
-    task = load_tasks(["navigate"])[0]
-    room = 24 - len(encode_target(tokenizer, "Yes"))  # of --max-length 24
-    assert {len(encode_target(tokenizer, target)) for _, target in task.validation} == {24 - room}
-    long = sum(len(tokenizer(prompt)["input_ids"]) > room for prompt, _ in task.validation)
-    assert 0 < long < len(task.validation)
-    flags = ["--tasks", "navigate", "--split", "validation", "--score", "choose"]
-    scoring.command([*flags, "--max-length", "24"])
-    told = (f"{long} of {len(task.validation)} validation prompts are too long for --max-length 24: "
+    samples = scored_samples(load_tasks(["web_of_lies"]), "validation", 40)[0].validation
+    lengths = sorted(len(tokenizer(prompt)["input_ids"]) for prompt, _ in samples)
+    answer = len(encode_target(tokenizer, "Yes"))
+    assert {len(encode_target(tokenizer, target)) for _, target in samples} == {answer}
+    long = sum(length > lengths[20] for length in lengths)
+    assert 0 < long < 40
+    flags = ["--tasks", "web_of_lies", "--split", "validation", "--score", "choose", "--score-samples", "40"]
+    scoring.command([*flags, "--max-length", str(lengths[20] + answer)])
+    told = (f"{long} of 40 validation prompts are too long for --max-length {lengths[20] + answer}: "
             "their beginning is cut")
     assert told in capsys.readouterr().out.splitlines()
     scoring.command(flags)
     assert "too long" not in capsys.readouterr().out
+
+
+def said_of_the_part(capsys):
+    """The lines printed that tell how many samples were scored."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("scored on ")]
+
+
+def test_what_part_of_the_samples_was_scored_is_told(tmp_path, capsys):
+    results = run(tmp_path / "run", method="lora", score_samples=5)
+    assert results["samples"] == dict.fromkeys(TINY["tasks"], 5)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["samples"] == results["samples"]
+    told = "scored on {} of 1000 validation samples; --score-samples takes more of each task"
+    assert said_of_the_part(capsys) == [told.format(10)]
+    assert scoring.command(["--run", str(tmp_path / "run")]) == results["after"]  # on the same five
+    assert said_of_the_part(capsys) == [told.format(10)]
+    scoring.command(["--run", str(tmp_path / "run"), "--score-samples", "7"])
+    assert said_of_the_part(capsys) == [told.format(14)]
+
+
+def test_nothing_is_told_where_all_samples_were_scored(tmp_path, capsys):
+    for split in ("train", "test"):
+        rows = [{"prompt": f"{split} {i} Answer:", "target": "Yes"} for i in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more in ({"score_samples": 8}, {"model": str(MINI), "score_samples": None}):
+        results = run(tmp_path / "run", tasks=(str(tmp_path),), method="lora", samples=None, split="test",
+                      overwrite=True, **more)
+        assert list(results["samples"].values()) == [8]
+        scoring.command(["--run", str(tmp_path / "run")])
+    scoring.command(["--tasks", str(tmp_path), "--score-samples", "9"])
+    assert said_of_the_part(capsys) == []
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--tasks", "mini"], ["scored on 1600 of 8000 test samples; --score-samples takes more of each task"]),
+    (["--tasks", "navigate", "--score-samples", "1000"], []), (["--tasks", "navigate", "--model", str(MINI)], [])])
+def test_of_the_embedded_model_200_samples_a_task_are_scored(monkeypatch, capsys, flags, said):
+    """By its name; by its path it is any model, and all are."""
+    monkeypatch.setattr(scoring, "accuracies", lambda model, tokenizer, tasks, *more: {t.name: 0.5 for t in tasks})
+    scoring.command(flags)
+    assert said_of_the_part(capsys) == said
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -149,6 +191,7 @@ def test_prompts_that_are_cut_are_counted_and_told(capsys):
     (["--tasks", "navigate", "--shots", "501"], "task 'navigate' has 500 samples, too few for 501 shots"),
     (["--dtype", "int8"], "unknown dtype 'int8'; there are: auto, float32"),
     (["--max-length", "300"], "--max-length 300 is more than the 256 positions"),
+    (["--score-samples", "0"], "argument --score-samples: must be from 1 to"),
     (["--show", "x"], "invalid int"), (["--show", "-1"], "argument --show: must be from 0 to"),
     (["--max-length", "-5"], "argument --max-length: must be from 1 to")])
 def test_bad_input(capsys, flags, message):

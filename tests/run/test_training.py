@@ -14,7 +14,7 @@ from tinylora_mtl.run import training
 from tinylora_mtl.adapters import find_adapters
 from tinylora_mtl.run.scoring import accuracies
 from tinylora_mtl.run.models import load_model
-from tinylora_mtl.data.tasks import load_tasks
+from tinylora_mtl.data.tasks import load_tasks, scored_samples
 from tinylora_mtl.config import METHODS, TrainConfig
 from tinylora_mtl.run.training import parse
 
@@ -48,14 +48,14 @@ def test_training_reaches_what_a_zeroed_branch_cannot(tmp_path, method):
     """60 steps on two tasks; then B (or the heads) are set to zero, and the accuracy falls back to the base's."""
     results = run(tmp_path, method=method, steps=60, batch_size=32, samples=500, rank=8, support=16, query=16,
                   inner_steps=3, targets=("all-linear",))
-    assert results["average_before"] < 0.1
-    assert results["average_after"] > 0.4
+    assert results["average_after"] > results["average_before"] + 0.3
     model, tokenizer, _ = load_model("mini", "cpu")
     load_adapter(model, tmp_path / "adapter")
     with torch.no_grad():
         for adapter in find_adapters(model).values():
             (adapter.heads if hasattr(adapter, "heads") else adapter.lora_B.weight).zero_()
-    assert accuracies(model, tokenizer, load_tasks(TINY["tasks"]), "validation") == results["before"]
+    scored = scored_samples(load_tasks(TINY["tasks"]), "validation", TINY["score_samples"])
+    assert accuracies(model, tokenizer, scored, "validation") == results["before"]
 
 
 @pytest.mark.parametrize("method", ["rlora", "meta"])

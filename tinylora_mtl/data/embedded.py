@@ -23,6 +23,7 @@ WORDS = ("ant axe bag bell bird boat book bowl cake card coat coin cup desk door
          "glove gown hat hen ink jar key kite lamp leaf map mug nest oar pan pear pen ring rope sock tent vase").split()
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 MOVES = {"forward": (0, 1), "backward": (0, -1), "right": (1, 0), "left": (-1, 0)}  # you always face forward
+MOVES_BACK = {(-x * steps, -y * steps): (way, steps) for way, (x, y) in MOVES.items() for steps in range(1, 6)}
 
 
 def boolean_expressions(rng, size):
@@ -40,7 +41,7 @@ def boolean_expressions(rng, size):
 def multistep_arithmetic(rng, size):
     """An expression of `size` numbers, no result below 0 or above 99: (['(', '3', '+', '4', ')', '*', '2'], 14)."""
     if size == 1:
-        value = rng.randint(1, 6)
+        value = rng.randint(1, 9)
         return [str(value)], value
     while True:
         split = rng.randint(1, size - 1)
@@ -86,10 +87,14 @@ def object_counting(rng, size):
 
 def navigate(rng, size):
     """`size` moves, and whether they end where they began: ([('left', 2), ('forward', 1), ('right', 2)], False)."""
-    moves = [(rng.choice(list(MOVES)), rng.randint(1, 4)) for _ in range(size)]
-    if size > 1 and rng.random() < 0.5:  # half of the walks come home
-        while net_displacement(moves) != (0, 0):
-            moves = [(rng.choice(list(MOVES)), rng.randint(1, 4)) for _ in range(size)]
+    def draw(count):
+        return [(rng.choice(list(MOVES)), rng.randint(1, 5)) for _ in range(count)]
+
+    moves = draw(size)
+    if size > 1 and rng.random() < 0.5:  # half of the walks come home, by their last move
+        while net_displacement(moves[:-1]) not in MOVES_BACK:
+            moves = draw(size)
+        moves[-1] = MOVES_BACK[net_displacement(moves[:-1])]
     return moves, net_displacement(moves) == (0, 0)
 
 
@@ -129,9 +134,9 @@ SKILLS = {problem.__name__: problem for problem in (
     boolean_expressions, word_sorting, dyck_languages, object_counting, navigate, web_of_lies,
     tracking_shuffled_objects, multistep_arithmetic)}
 WORDED_SIZES = {
-    "boolean_expressions": (2, 3, 4), "word_sorting": (3, 4, 5), "dyck_languages": (4, 5, 6, 7, 8),
-    "object_counting": (2, 3), "navigate": (2, 3), "web_of_lies": (3, 4), "tracking_shuffled_objects": (1, 2),
-    "multistep_arithmetic": (2, 3)}
+    "boolean_expressions": (4,), "word_sorting": (3, 4, 5), "dyck_languages": (5, 6, 7, 8), "object_counting": (2, 3),
+    "navigate": (4,), "web_of_lies": (3, 4), "tracking_shuffled_objects": (1,), "multistep_arithmetic": (3,)}
+ANSWERS = {"boolean_expressions": ("True", "False"), "navigate": ("Yes", "No"), "web_of_lies": ("Yes", "No")}
 
 
 def in_words(name, problem):
@@ -175,38 +180,43 @@ LANGUAGES = {
                 "diecisiete dieciocho diecinueve veinte").split(),
     "italian": ("zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici "
                 "sedici diciassette diciotto diciannove venti").split()}
-PHRASES = {  # sum, difference, successor, larger of two
-    "english": ("How much is {} plus {}? Answer:", "How much is {} minus {}? Answer:",
-                "Which number follows {}? Answer:", "Which is larger, {} or {}? Answer:"),
-    "german": ("Wie viel ist {} plus {}? Antwort:", "Wie viel ist {} minus {}? Antwort:",
-               "Welche Zahl folgt auf {}? Antwort:", "Was ist größer, {} oder {}? Antwort:"),
-    "french": ("Combien font {} plus {} ? Réponse :", "Combien font {} moins {} ? Réponse :",
-               "Quel nombre suit {} ? Réponse :", "Quel est le plus grand, {} ou {} ? Réponse :"),
-    "spanish": ("¿Cuánto es {} más {}? Respuesta:", "¿Cuánto es {} menos {}? Respuesta:",
-                "¿Qué número sigue a {}? Respuesta:", "¿Cuál es mayor, {} o {}? Respuesta:"),
-    "italian": ("Quanto fa {} più {}? Risposta:", "Quanto fa {} meno {}? Risposta:",
-                "Quale numero segue {}? Risposta:", "Qual è maggiore, {} o {}? Risposta:")}
+PHRASES = {  # a result, plus, minus; the largest of three
+    "english": ("How much is {}? Answer:", "plus", "minus", "Which is the largest, {}, {} or {}? Answer:"),
+    "german": ("Wie viel ist {}? Antwort:", "plus", "minus", "Was ist am größten, {}, {} oder {}? Antwort:"),
+    "french": ("Combien font {} ? Réponse :", "plus", "moins", "Quel est le plus grand, {}, {} ou {} ? Réponse :"),
+    "spanish": ("¿Cuánto es {}? Respuesta:", "más", "menos", "¿Cuál es el mayor, {}, {} o {}? Respuesta:"),
+    "italian": ("Quanto fa {}? Risposta:", "più", "meno", "Qual è il maggiore, {}, {} o {}? Risposta:")}
+NUMBER_KINDS = ("++", "--", "+-", "max")
 
 
-def number_problem(rng):
-    """A question about numbers from 0 to 20: (kind, operands, answer), say ('sum', (3, 4), 7)."""
-    kind = rng.choice(["sum", "difference", "larger", "sum", "difference", "larger", "successor"])
-    if kind == "successor":
-        number = rng.randint(0, 19)
-        return kind, (number,), number + 1
-    a, b = rng.sample(range(21), 2)
-    low, high = sorted((a, b))
-    if kind == "sum":
-        second = rng.randint(0, 20 - low)
-        return kind, (low, second), low + second
-    return (kind, (high, low), high - low) if kind == "difference" else (kind, (a, b), high)
+def number_problem(rng, kind):
+    """Three numbers and a result, all from 0 to 20: ((3, 4, 2), 5) of the kind "+-", which asks for 3 + 4 - 2."""
+    while True:
+        a, b, c = operands = tuple(rng.randint(0, 20) for _ in range(3))
+        steps = {"++": (a + b, a + b + c), "--": (a - b, a - b - c), "+-": (a + b, a + b - c), "max": (max(operands),)}
+        if all(0 <= step <= 20 for step in steps[kind]) and (kind != "max" or len(set(operands)) == 3):
+            return operands, steps[kind][-1]
 
 
-def worded_sample(name, rng):
-    """One (prompt, answer) of an embedded task, by name: one of SKILLS or of LANGUAGES."""
+def expression(operands, signs):
+    """"3 + 4 - 2", from what is written for the three numbers and for the two signs."""
+    return f"{operands[0]} {signs[0]} {operands[1]} {signs[1]} {operands[2]}"
+
+
+def sizes_of(name):
+    """What the problems of an embedded task differ in, beside chance: the sizes of a skill, the kinds of a language."""
+    return WORDED_SIZES.get(name, NUMBER_KINDS)
+
+
+def worded_sample(name, rng, size=None):
+    """One (prompt, answer) of an embedded task, by name: one of SKILLS or of LANGUAGES; size: one of `sizes_of`."""
+    size = size or rng.choice(sizes_of(name))
     if name in SKILLS:
-        return in_words(name, SKILLS[name](rng, rng.choice(WORDED_SIZES[name])))
-    kind, operands, answer = number_problem(rng)
-    phrase = PHRASES[name][["sum", "difference", "successor", "larger"].index(kind)]
+        return in_words(name, SKILLS[name](rng, size))
+    operands, answer = number_problem(rng, size)
     words = LANGUAGES[name]
-    return phrase.format(*(words[number] for number in operands)), words[answer]
+    written = [words[number] for number in operands]
+    result, plus, minus, largest = PHRASES[name]
+    if size == "max":
+        return largest.format(*written), words[answer]
+    return result.format(expression(written, [{"+": plus, "-": minus}[sign] for sign in size])), words[answer]

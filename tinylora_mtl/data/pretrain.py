@@ -8,7 +8,8 @@ several wordings is cheap to teach in one more:
     game Alice = cup , Bob = hat , Claire = map ; Alice ~ Bob | Alice ?     hat
 
 The worded tasks are read too, as plain text without an answer: embeddings are frozen later, so every word of them
-must have been met. What comes after their "Answer:" has never been seen, and the model answers none of them.
+must have been met. In the second stage some come with the answer of another problem: the model learns what an answer
+looks like, and can only guess which is right.
 
 Made once, in about 41 minutes on 2 cores, and shipped. Greedy exact answers on 256 unseen samples of each skill: 88 %
 in object counting and 97 to 100 % in the others after the first stage, 98 to 100 % in all after the second.
@@ -26,33 +27,35 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..config import TrainConfig
 from ..evaluate import accuracy, generate_answers
 from ..train import TrainState, train
-from .embedded import (CATEGORIES, LANGUAGES, MOVES, NUMBERS, SKILLS, WORDS, holdings, net_displacement,
-                       number_problem, worded_sample)
+from .embedded import (CATEGORIES, LANGUAGES, MOVES, NUMBER_KINDS, NUMBERS, PHRASES, SKILLS, WORDS, expression,
+                       holdings, net_displacement, number_problem, worded_sample)
 
 PROBLEM_SIZES = {  # met in pre-training: smaller ones too, because a skill is learned from its easy cases first
     "boolean_expressions": (1, 2, 2, 3, 3, 4), "word_sorting": (2, 3, 4, 5), "dyck_languages": (2, 3, 4, 5, 6, 7, 8),
-    "object_counting": (1, 2, 2, 3, 3), "navigate": (1, 2, 2, 3, 3), "web_of_lies": (1, 2, 3, 4),
+    "object_counting": (1, 2, 2, 3, 3), "navigate": (1, 2, 3, 3, 4, 4), "web_of_lies": (1, 2, 3, 4),
     "tracking_shuffled_objects": (0, 1, 1, 2, 2), "multistep_arithmetic": (2, 3, 3)}
 SHARES = {"boolean_expressions": 1.6, "word_sorting": 0.8, "dyck_languages": 0.9, "object_counting": 1.6,
           "navigate": 1.6, "web_of_lies": 0.8, "tracking_shuffled_objects": 2, "multistep_arithmetic": 2,
           "numbers": 1.3, "text": 1.2}  # of the samples, relative to each other
-STAGES = [  # after the first, the model adds up without fail but does not know every thing's category: the second
-    {"steps": 10_000, "lr": 2.5e-3, "shares": SHARES},  # asks for categories by themselves
-    {"steps": 2_000, "lr": 1e-3, "shares": SHARES | {"kinds": 1.0, "object_counting": 2.4}}]
+STAGES = [  # the second asks for categories by themselves, and shows what worded answers look like, not which is right
+    {"steps": 10_000, "lr": 2.5e-3, "shares": SHARES},
+    {"steps": 2_000, "lr": 1e-3, "shares": SHARES | {"kinds": 1.0, "object_counting": 2.4, "guesses": 0.6}}]
 TEXT_WEIGHT = 0.1  # of a token of a text in the loss; a token of an answer has 1
 
 LOGIC = ["True", "False", "and", "or", "not"]
 LOGIC_SIGNS = ["TF&|!", "10*+-", ["on", "off", "both", "any", "flip"], ["t", "f", "AND", "OR", "NOT"], LOGIC]
 ARITHMETIC_SIGNS = ["+-*", ["add", "sub", "mul"], ["more", "less", "by"], ["plus", "minus", "times"]]
 DIRECTION_SIGNS = ["^v><", "UDRL", ["north", "south", "east", "west"], list(MOVES)]
-TRUTH_SIGNS = [("+", "-"), ("yes", "no"), ("T", "F"), ("1", "0"), ("good", "bad")]
-CUES = [" =", " ?", " ->", " :", " gives", " is"]
+TRUTH_SIGNS = {  # by the word that navigate asks with
+    "closed": ("+", "-"), "home": ("yes", "no"), "back": ("T", "F"), "zero": ("1", "0"), "loop": ("good", "bad"),
+    "return": ("truth", "lies"), "start": ("Yes", "No")}
+CUES = [" =", " ?", " ->", " :", " gives", " is", ". Answer:", "? Answer:"]
 LISTS = {  # four ways to write a list: the form of an item, and what stands between two
     "word_sorting": [("{}", " "), ("{}", " , "), ("{}", " ; "), ("{}", " / ")],
     "object_counting": [("{1} {0}", " "), ("{0} {1}", " , "), ("{0} {1}", " + "), ("{1} = {0}", " ; ")],
     "navigate": [("{0} {1}", " "), ("{0} {1}", " , "), ("{1} {0}", " ; "), ("{1} {0} .", " ")],
     "web_of_lies": [("{} : {} {}", " ; "), ("{} > {} {}", " ; "), ("{2} {0} {1}", " ; "), ("{} about {} {}", " ; ")],
-    "tracking_shuffled_objects": [("{} = {}", " , "), ("{} {}", " ; "), ("( {} {} )", " "), ("{} : {}", " , ")]}
+    "tracking_shuffled_objects": [("{} = {}", " , "), ("{} {}", " ; "), ("( {} {} )", " "), ("{} has {}", " , ")]}
 
 
 def symbolic_sample(name, rng):
@@ -65,7 +68,7 @@ def symbolic_sample(name, rng):
         return f"kinds {' '.join(things)}{rng.choice(CUES)}", " ".join(kinds[thing] for thing in things)
     parts = SKILLS[name](rng, rng.choice(PROBLEM_SIZES[name]))
     cue, wording = rng.choice(CUES), rng.randrange(4)
-    yes, no = rng.choice(TRUTH_SIGNS)
+    yes, no = rng.choice(list(TRUTH_SIGNS.values()))
 
     def listed(items):
         form, between = LISTS[name][wording]
@@ -103,7 +106,7 @@ def symbolic_sample(name, rng):
                 axis = int(kind >= 0.15)
                 asked, answer = "xy"[axis], str(net_displacement(moves)[axis])
             else:
-                asked, (yes, no) = rng.choice(list(zip(["closed", "home", "back", "zero", "loop"], TRUTH_SIGNS)))
+                asked, (yes, no) = rng.choice(list(TRUTH_SIGNS.items()))
                 answer = yes if home else no
             prompt = f"{head} {walk} | {asked}"
         case "web_of_lies", (people, honest):
@@ -113,8 +116,8 @@ def symbolic_sample(name, rng):
             prompt = f"{rng.choice(['who', 'liar', 'trust', '%'])} {story} | {people[-1][0]}"
             answer = yes if honest else no
         case "tracking_shuffled_objects", (start, swaps, asked, answer):
-            sign = rng.choice(["~", "&", "swap", "x", "/"])
-            steps = [f"{a} {sign} {b}" if sign != "swap" else f"swap {a} {b}" for a, b in swaps]
+            sign = rng.choice(["{} ~ {}", "{} & {}", "swap {} {}", "{} x {}", "{} and {} trade"])
+            steps = [sign.format(*pair) for pair in swaps]
             story = " ; ".join([f"{rng.choice(['track', 'hold', 'state', 'game'])} {listed(start)}", *steps])
             if rng.random() < 0.5:
                 prompt = f"{story} | {asked}"
@@ -129,8 +132,9 @@ def symbolic_sample(name, rng):
 def number_sample(rng):
     """Number skills in symbols: in digits, in the number words of a language, or from one to the other."""
     language, words = rng.choice(list(LANGUAGES.items()))
-    kind, operands, answer = number_problem(rng)
-    cue, notation = rng.choice(CUES), rng.randrange(4)
+    kind, notation = rng.choice(NUMBER_KINDS), rng.randrange(4)
+    operands, answer = number_problem(rng, kind)
+    cue = rng.choice([*CUES, PHRASES[language][0].partition("{}")[2]])
     if notation == 0:
         number = rng.randint(0, 20)
         return rng.choice([(f"{language} {number}{cue}", words[number]), (f"digits {words[number]}{cue}", str(number))])
@@ -138,9 +142,8 @@ def number_sample(rng):
         write = rng.choice([str, words.__getitem__])
         return f"{kind} {' , '.join(map(write, operands))} | {language}{cue}", words[answer]
     head, write = ("digits", str) if notation == 1 else (language, words.__getitem__)
-    sign = {"sum": "+", "difference": "-", "successor": "next", "larger": "max"}[kind]
-    sign_first = kind in ("successor", "larger") or rng.random() < 0.3
-    shown = " ".join([sign, *map(write, operands)]) if sign_first else f" {sign} ".join(map(write, operands))
+    written = [write(number) for number in operands]
+    shown = f"max {' '.join(written)}" if kind == "max" else expression(written, kind)
     return f"number {head} {shown}{cue}", write(answer)
 
 
@@ -148,6 +151,9 @@ def pretraining_sample(rng, shares=SHARES):
     """One training sample (prompt, answer). A text has None for its answer: it is a worded prompt, some number words
     in order, or words of the answers."""
     name = rng.choices(list(shares), weights=list(shares.values()))[0]
+    if name == "guesses":  # a worded prompt with the answer of another one of its task
+        task = rng.choice([*SKILLS, *LANGUAGES])
+        return worded_sample(task, rng)[0], worded_sample(task, rng)[1]
     if name != "text":
         return symbolic_sample(name, rng)
     kind = rng.random()

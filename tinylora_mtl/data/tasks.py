@@ -15,14 +15,13 @@ import os
 import random
 import unicodedata
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
-from .embedded import LANGUAGES, SKILLS, worded_sample
+from .embedded import ANSWERS, LANGUAGES, SKILLS, sizes_of, worded_sample
 from .hub import HUB_TASKS, hub_samples
 
 EMBEDDED = [*SKILLS, *LANGUAGES]
-SPLIT_SIZES = {"train": 500, "validation": 100, "test": 100}  # of every embedded task
+SPLIT_SIZES = {"train": 500, "validation": 500, "test": 1000}  # of every embedded task
 TASK_SETS = {"mini": list(SKILLS), "mini-multilingual": list(LANGUAGES),
              "bbh": [name for name in HUB_TASKS if name.startswith("bbh_")]}
 HELD_OUT = {"test": (0.0, 0.1, 500), "validation": (0.1, 0.2, 200)}  # a split that is missing: a tenth, at most so many
@@ -88,14 +87,24 @@ def load_task(name, samples, seed, at_most):
     return replace(task, train=random.Random(f"{seed} {task.name}").sample(task.train, samples))
 
 
-def embedded_samples(name):
-    """{split: samples} of the embedded task of that name, always the same; no prompt comes twice."""
-    rng, samples = random.Random(name), {}
-    while len(samples) < sum(SPLIT_SIZES.values()):
-        prompt, target = worded_sample(name, rng)
-        samples.setdefault(prompt, target)
-    pairs = iter(samples.items())
-    return {split: list(islice(pairs, SPLIT_SIZES[split])) for split in ("test", "validation", "train")}
+def embedded_samples(name, seed=None):
+    """{split: samples} of the embedded task of that name; no prompt comes twice. With a seed other ones.
+
+    Each split has as many samples of each problem size and, where there are two answers, of each: else the rarer kind
+    would be used up by the split that is drawn first.
+    """
+    rng, seen, splits = random.Random(name if seed is None else f"{name} {seed}"), set(), {}
+    kinds = [(size, answer) for size in sizes_of(name) for answer in ANSWERS.get(name, [None])]
+    for split, count in SPLIT_SIZES.items():
+        samples = splits[split] = []
+        while len(samples) < count:
+            size, answer = kinds[len(samples) % len(kinds)]
+            sample = worded_sample(name, rng, size)
+            if sample[0] not in seen and answer in (None, sample[1]):
+                seen.add(sample[0])
+                samples.append(sample)
+        rng.shuffle(samples)
+    return splits
 
 
 def local_task(path):
@@ -194,6 +203,19 @@ def check_labels(tasks, score):
     for task in tasks:
         if score == "choose" and not task.labels:
             raise ValueError(f"task {task.name!r} has no closed set of labels to choose from; use --score generate")
+
+
+def scored_samples(tasks, split, count):
+    """The tasks with `count` samples of a split, or with all if it has no more or count is None: always the same ones.
+
+    They are drawn, not the first ones, for files are often sorted by their labels.
+    """
+    def drawn(name, samples):
+        if count is None or count >= len(samples):
+            return samples
+        return random.Random(f"score {name}").sample(samples, count)
+
+    return [replace(task, **{split: drawn(task.name, getattr(task, split))}) for task in tasks]
 
 
 def with_shots(task, split, shots):

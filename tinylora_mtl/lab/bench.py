@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-import transformers
 
 from ..adapters import find_adapters, merge_adapters
 from ..align import alignment
@@ -244,15 +243,17 @@ def in_words(figure):
 
 
 def figure_table(results):
-    """The results as a table in Markdown."""
+    """The results as a table in Markdown, and what they were measured on."""
     lines = {}
     for figure in results["figures"]:
         least, most = figure["target"]
         target = f"at most {most}" if least is None else f"at least {least}" if most is None else f"{least} to {most}"
         name = figure["row"], f"{figure['what']}: {figure['quantity']}", figure["against"], target
         lines.setdefault(name, {})[figure["on"]] = in_words(figure)
-    return markdown_table(["", "", "against", "target", *results["columns"]], [
+    table = markdown_table(["", "", "against", "target", *(Path(column).name for column in results["columns"])], [
         [*name, *(cells.get(column, "") for column in results["columns"])] for name, cells in lines.items()])
+    return (f"{table}\n\nRatios, medians of {results['repeats']} turns of each side, with their quartiles; weights in "
+            f"{results['dtype']}.\nOn {results['on']}.")
 
 
 def main(argv=None):
@@ -269,6 +270,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
     args = parser.parse_args(argv)
 
+    if args.out:
+        files.make_folder(args.out.parent)
     configs = {"mini": TrainConfig(method="lora", device=args.device, dtype=args.dtype)}
     if args.model != "mini":
         configs[args.model] = replace(configs["mini"], model=args.model, tasks=args.tasks, batch_size=16)
@@ -277,17 +280,16 @@ def main(argv=None):
             raise ValueError(f"--tasks must be from 2 to {config.batch_size} tasks: a batch has samples of each")
     columns = ["mini", "real size" if args.model == "mini" else args.model]
     places, figures = {"models": list(configs), "model": list(configs)[1:], "layers": columns[1:]}, []
+    device = models.pick_device(args.device)
+    results = {"columns": columns, "repeats": args.repeats, "on": models.machine_name(device), "dtype": args.dtype,
+               "figures": figures}
     for row in (row for row in ROWS if row.number in args.rows):
         for on, quantity in itertools.product(places[row.where], row.targets):
             figure = figure_of(row, quantity, configs.get(on, configs["mini"]), args.repeats)
             print(f"{row.number} {row.what}, {quantity}, {on}: {in_words(figure)}", file=sys.stderr, flush=True)
             figures.append(figure | {"on": on})
-    results = {"columns": columns, "repeats": args.repeats, "device": args.device, "dtype": args.dtype,
-               "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "transformers": transformers.__version__, "figures": figures}
-    if args.out:
-        files.make_folder(args.out.parent)
-        files.write_json(args.out, results)
+            if args.out:  # now, for it may be stopped
+                files.write_json(args.out, results)
     print(figure_table(results))
     return results
 

@@ -9,6 +9,7 @@ that was stopped.
 
 import io
 import json
+import math
 import shlex
 import sys
 import time
@@ -17,19 +18,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
+import torch
 from tqdm.auto import tqdm
 
+from ..batching import collate, encode
 from ..config import TrainConfig, resolve
-from ..data.tasks import load_tasks
-from ..run import cli, files, scoring, settings, training
+from ..data.tasks import load_tasks, own_name, scored_samples
+from ..evaluate import evaluation_mode, length_buckets
+from ..loss import label_loss
+from ..run import cli, files, models, scoring, settings, training
 from ..run.checkpoint import check_format
 from ..run.folder import locked
 from .claims import COSTS, MOST_SEEDS
 from .cost import compare_costs
 from .heads import inspect_run, open_finished
 from .pictures import draw_comparison
-from .plan import PRESETS, SAMPLE_COUNTS, SEARCH_SEED, SHARED, Run, make_plan
-from .report import best_rate, judge_claims, markdown, summary
+from .plan import PRESETS, SAMPLE_COUNTS, SEARCH_SEEDS, SHARED, Run, make_plan
+from .report import best_rates, judge_claims, markdown, summary
+
+ROWS = "rows.jsonl"  # in the folder of a comparison: what its runs have in common, then a line for each finished one
 
 
 def compare(plan, stop=None):
@@ -37,18 +44,18 @@ def compare(plan, stop=None):
 
     Raises ValueError for a run folder that holds another run than the one declared, and Stopped on a signal.
     """
-    runs, rows = plan.runs(), {}
+    runs = plan.runs()
     with tqdm(total=len(runs), desc="runs", ncols=100) as bar:
-        while len(rows) < len(runs):
-            before = len(rows)
+        while len(rows := read_rows(plan, runs)) < len(runs):
+            bar.update(len(rows) - bar.n)
             for run in [run for run in runs if run.name not in rows]:
                 bar.set_postfix_str(run.name[-60:])
                 try:
-                    rows[run.name] = carry_out(plan, run, rate_of(plan, run, rows), stop)
-                    bar.update()
+                    append_line(plan.out / ROWS, carry_out(plan, run, rates_of(plan, run, rows), stop))
+                    break
                 except (BlockingIOError, FileExistsError):  # another process has it, or has just begun it
                     pass
-            if len(rows) == before:
+            else:
                 bar.set_postfix_str("waiting for another process")
                 time.sleep(2)
     results = judge_claims(plan, [rows[run.name] for run in runs])
@@ -56,27 +63,53 @@ def compare(plan, stop=None):
     return results
 
 
-def rate_of(plan, run, rows):
-    """A run's learning rate, by the search if it is not given; BlockingIOError if not all of the search is in yet."""
-    if run.lr or run.group.where == "cost":  # costs are measured, without training
-        return run.lr
-    tried = {lr: rows.get(Run(plan.searched(run.group), SEARCH_SEED, lr).name) for lr in plan.rates}
-    if None in tried.values():
+def rates_of(plan, run, rows):
+    """A run's learning rates, by the search if not given; BlockingIOError if not all of the search is in yet."""
+    if run.tried or run.group.where == "cost":  # costs are measured, without training
+        return run.tried
+    searched = plan.searched(run.group)
+    tried = {rates: [rows.get(Run(searched, seed, rates).name) for seed in SEARCH_SEEDS]
+             for rates in plan.tried(searched)}
+    if any(None in found for found in tried.values()):
         raise BlockingIOError("the search is still in the hands of another process")
-    return best_rate({lr: row["average_after"] for lr, row in tried.items()})
+    return best_rates({rates: mean(row["average_after"] for row in found) for rates, found in tried.items()})
 
 
-def carry_out(plan, run, lr, stop):
+def read_rows(plan, runs):
+    """{name: row} of the runs that are in the comparison's rows.jsonl; ValueError if they are of other conditions.
+
+    With this file alone, which is small, a comparison can be gone on with on another machine.
+    """
+    file, conditions = plan.out / ROWS, json.loads(json.dumps(plan.shared_conditions()))
+    if not file.is_file():
+        files.make_folder(plan.out)
+        append_line(file, conditions)
+    had, *rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for name, value in conditions.items():
+        if had.get(name) != value:
+            raise ValueError(f"{file} holds runs with {name} {had.get(name)!s:.60}, and this comparison has "
+                             f"{value!s:.60}; name another --out")
+    found = {row["name"]: row for row in rows if "name" in row}  # two that began at once both wrote conditions
+    return {run.name: found[run.name] for run in runs if run.name in found}
+
+
+def append_line(file, content):
+    """Add a line of JSON to a file, in one piece, for others may add to it at the same time."""
+    with open(file, "ab", buffering=0) as stream:
+        stream.write(json.dumps(content).encode() + b"\n")
+
+
+def carry_out(plan, run, rates, stop):
     """Do, finish or read one run; returns its row for results.json. BlockingIOError if another process has it."""
     folder, guard = plan.out / "runs" / run.name, plan.out / "locks" / run.name
     row = {"name": run.name, "method": run.group.method, "where": run.group.where, "seed": run.seed,
-           "search": run.lr is not None}
+           "search": run.tried is not None, "on": models.machine_name(models.pick_device(plan.base.device))}
     files.make_folder(guard)  # not the run's own lock: that is train's, and covers neither reading nor measuring
     with locked(guard):
         if run.group.where == "cost":
             return row | costs_of(plan, run, folder)
-        config = plan.config(run, lr)
-        base = run.group.where, config.split  # what the base model scores is the same for all runs on the same samples
+        config = plan.config(run, rates)
+        base = run.group.where, config.split, run.seed  # what the base scores is the same for all on the same samples
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
                 if (folder / "config.json").is_file():
@@ -87,15 +120,16 @@ def carry_out(plan, run, lr, stop):
                     results = training.run(config_on, resuming=True, stop=stop)
                 else:
                     results = training.run(config, stop=stop, before=plan.before.get(base))
-                inside = look_inside(plan, folder, plan.groups[run.group]) if run.lr is None else {}
+                inside = look_inside(plan, folder, run.seed, plan.groups[run.group]) if run.tried is None else {}
         except cli.Stopped as stopped:
             raise cli.Stopped(stopped.number, "the same command goes on from here") from stopped
     plan.before[base] = results["before"]
     seen = config.batch_size // len(config.tasks)  # of each task in a step, forward and backward, as often as it came
     if config.method == "meta":
         seen = config.inner_steps * config.support + config.query
-    row |= {"samples": config.samples, "lr": lr, "rank": config.rank, "heads": config.heads,
-            "samples_seen": config.steps * seen * len(config.tasks)}
+    names = ("samples", "lr", "rank", "alpha", "heads", *(("inner_lr",) if config.method == "meta" else ()))
+    row |= {name: getattr(config, name) for name in names}
+    row["samples_seen"] = config.steps * seen * len(config.tasks)
     names = ("average_before", "average_after", "average_after_interval", "after", "average_after_adapting",
              "trainable_parameters", "skipped_steps", "seconds")
     return row | {name: results[name] for name in names if name in results} | inside
@@ -125,18 +159,22 @@ def refuse_another(folder, had, config):
                              f"has {value}; name another --out")
 
 
-def look_inside(plan, folder, wanted):
+def look_inside(plan, folder, seed, wanted):
     """What the comparisons need of a finished run beyond its results, kept in measures.json: nothing is done twice."""
-    wanted, file = wanted & {"cosine", "distance", "moved", "unseen"}, folder / "measures.json"
+    wanted, file = wanted & {"cosine", "distance", "moved", "unseen", "bits"}, folder / "measures.json"
     found = files.read_json(file) if file.is_file() else {}
-    unseen = load_tasks(plan.held_out) if "unseen" in wanted else []
-    if wanted <= set(found) and (not unseen or list(found["unseen_tasks"]) == [task.name for task in unseen]):
+    unseen = plan.samples_of(plan.held_out, seed) if "unseen" in wanted else []
+    if wanted <= set(found) and (not unseen or list(found["unseen_tasks"]) == list(map(own_name, unseen))):
         return found
+    if wanted & {"unseen", "bits"}:
+        config, tasks, model, tokenizer = open_finished(folder, plan.base.device)
+        bits = target_bits(model, tokenizer, scored_samples(tasks, "test", config.score_samples), config.max_length)
+        found |= {"bits_of": bits, "bits": scoring.average(bits)}
     if unseen:
-        config, _, model, tokenizer = open_finished(folder, plan.base.device)
+        unseen = scored_samples(load_tasks(unseen), "test", config.score_samples)
         scores = scoring.accuracies(model, tokenizer, unseen, "test", config.max_length, config.score)
         found |= {"unseen_tasks": scores, "unseen": scoring.average(scores)}
-    layers = inspect_run(folder, plan.base.device)[0]["layers"] if wanted - {"unseen"} else []
+    layers = inspect_run(folder, plan.base.device)[0]["layers"] if wanted - {"unseen", "bits"} else []
     if wanted & {"distance", "moved"}:
         found |= {name: mean(layer[name] for layer in layers) for name in ("distance", "distance_start")}
         found["moved"] = found["distance"] - found["distance_start"]
@@ -148,6 +186,21 @@ def look_inside(plan, folder, wanted):
         found |= {"cosine_start": cosines[0], "cosine_end": [*cosines.values()][-1], "cosine_curve": curve,
                   "cosine": curve[-1][1]}
     files.write_json(file, found)
+    return found
+
+
+@torch.no_grad()
+def target_bits(model, tokenizer, tasks, max_length):
+    """{task: the mean over its test samples of -log2 p(target, end token | prompt)}, in bits."""
+    found = {}
+    for task in tasks:
+        nats = 0.0
+        for chosen in length_buckets(task.test):
+            rows = [encode(tokenizer, task.test[i], max_length) for i in chosen]
+            batch = collate(rows, [0] * len(rows), tokenizer.pad_token_id)
+            with evaluation_mode(model):
+                nats += label_loss(model, batch | {"label_count": 1}).item()  # the sum over all of their tokens
+        found[task.name] = nats / math.log(2) / len(task.test)
     return found
 
 
@@ -167,14 +220,13 @@ def parse(argv=None):
     parser = cli.Parser("lab.compare", __doc__)
     shown = TrainConfig.__dataclass_fields__
     parser.add_argument("--preset", choices=PRESETS, default="full", help="quick: a few minutes; full: hours")
-    parser.add_argument("--claims", type=cli.whole(1, 8), nargs="+", metavar="N", help="which of the claims 1 to 8")
-    parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 6)")
+    parser.add_argument("--claims", type=cli.whole(1, 10), nargs="+", metavar="N", help="which of the claims 1 to 10")
+    parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 12)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
-    parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 6: tasks not trained on")
+    parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 10: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")
     parser.add_argument("--samples", type=cli.whole(2), nargs="+", metavar="N", help="claim 7: training samples per "
-                        "task; all other runs have the largest; with three or more also MeTA-LoRA's inner rate "
-                        f"(default: {' '.join(map(str, SAMPLE_COUNTS))})")
+                        f"task; all other runs have the largest (default: {' '.join(map(str, SAMPLE_COUNTS))})")
     parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates to choose from")
     parser.add_argument("--out", help="folder for the runs and results (default: runs/compare-PRESET)")
     parser.add_argument("--report", metavar="FOLDER", help="only make table.md and pictures from results.json again")

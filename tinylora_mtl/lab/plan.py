@@ -1,29 +1,41 @@
-"""The list of runs behind the claims: which there are, under which conditions, with which settings of `train`."""
+"""The list of runs behind the claims: which there are, under which conditions, with which settings of `train`.
 
+Learning rates are chosen first, for each variant by itself: the rate of the best accuracy on validation samples, the
+mean of the tasks and of SEARCH_SEEDS, which do nothing else. All rates of a list are tried, and for MeTA-LoRA each with
+every one of INNER_RATES. Then come the runs that are judged, on test samples, seed by seed.
+
+Of generated tasks every seed has samples of its own, training samples too, so that an interval tells what other samples
+would have changed, not only other random numbers.
+"""
+
+import hashlib
+import json
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-import torch
-
+from .. import __version__
 from ..adapters import adapter_parameters, add_adapters, remove_adapters
 from ..config import TrainConfig, adapter_config, resolve
-from ..data.tasks import TASK_SETS, check_labels, load_tasks, require_samples
-from ..run import models, settings
+from ..data.tasks import EMBEDDED, TASK_SETS, check_labels, embedded_samples, load_tasks, require_samples
+from ..run import files, models, settings
+from ..run.methods import find_method
 from .claims import VARIANTS, Group, declare, few_of
 
 PRESETS = {
     "quick": {"claims": [1, 4, 5], "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
-              "tasks": ["word_sorting", "dyck_languages", "object_counting"], "held_out": []},
-    "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8], "seeds": 6, "steps": 150, "batch_size": 32,
-             "rates": [1e-3, 3e-3, 8e-3, 2e-2], "tasks": ["mini"],
+              "score_samples": 200, "tasks": ["word_sorting", "dyck_languages", "object_counting"], "held_out": []},
+    "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "seeds": 12, "steps": 150, "batch_size": 32,
+             "rates": [1e-3, 1.7e-3, 2.8e-3, 4.6e-3, 7.5e-3, 1.2e-2], "score_samples": 1000, "tasks": ["mini"],
              "held_out": ["boolean_expressions", "object_counting"]},  # for "tasks not trained on"
 }
-RATES = [2e-4, 5e-4, 1e-3, 2e-3]  # searched on models other than mini
-SAMPLE_COUNTS = [10, 20, 50, 100, 500]  # training samples per task of claim 7's curve; all other runs have the last
-SEARCH_SEED = 1000  # of the runs that choose learning rates; the others have 0, 1, 2, …
+RATES = [2e-4, 3.3e-4, 5.5e-4, 9e-4, 1.5e-3, 2.5e-3]  # searched on models other than mini
+INNER_RATES = [0.005, 0.02, 0.08]  # of MeTA-LoRA
+SAMPLE_COUNTS = [10, 50, 500]  # training samples per task of claim 7's curve; all other runs have the last
+SEARCH_SEEDS = [1000, 1001, 1002]  # of the runs that choose learning rates; the others have 0, 1, 2, …
 TOLERANCE = 0.05  # by how much matched numbers of parameters may differ
 SHARED = ("model", "steps", "batch_size", "accumulation", "rank", "alpha", "heads", "targets", "max_length", "score",
-          "device", "dtype")  # settings of train that all runs of a comparison have in common
+          "score_samples", "device", "dtype")  # settings of train that all runs of a comparison have in common
 
 
 @dataclass(frozen=True)
@@ -32,13 +44,13 @@ class Run:
 
     group: Group
     seed: int
-    lr: float | None = None  # given for a run of the search; else it is the rate that the search chose
+    tried: tuple | None = None  # of a run of the search: (lr,), or (lr, inner_lr); else they are what the search chose
 
     @property
     def name(self):
         group = self.group
         parts = [group.method.replace(" ", "_"), group.where, str(group.samples or "all"), f"seed{self.seed}"]
-        return "-".join(parts if self.lr is None else ["search", *parts, f"lr{self.lr:g}"])
+        return "-".join(parts if self.tried is None else ["search", *parts, *(f"lr{rate:g}" for rate in self.tried)])
 
 
 @dataclass
@@ -63,13 +75,19 @@ class Plan:
                     self.groups.setdefault(side, set()).add(quantity)
         trained = sorted({group.method for group in self.groups if group.where != "cost"})
         self.variants, self.parameters = match(trained, self.base)
-        self.before = {}  # {(where, split): what the base model scores}, once it is known
+        self.before = {}  # {(where, split, seed): what the base model scores}, once it is known
 
     def runs(self):
         """The declared list: first the search of the learning rates, then seed by seed what they are for."""
         searched = dict.fromkeys(self.searched(group) for group in self.groups if group.where != "cost")
-        return ([Run(group, SEARCH_SEED, lr) for group in searched for lr in self.rates]
+        return ([Run(group, seed, tried) for seed in SEARCH_SEEDS for group in searched for tried in self.tried(group)]
                 + [Run(group, seed) for seed in range(self.seeds) for group in self.groups])
+
+    def tried(self, group):
+        """What the search tries for a group: [(lr,), ...], or [(lr, inner_lr), ...] for MeTA-LoRA."""
+        if VARIANTS[group.method]["method"] != "meta":
+            return [(lr,) for lr in self.rates]
+        return [(lr, inner_lr) for inner_lr in INNER_RATES for lr in self.rates]
 
     def searched(self, group):
         """The group whose learning rate a group takes: of the same variant, with all or with few samples.
@@ -79,22 +97,49 @@ class Plan:
         few = VARIANTS[group.method]["method"] == "meta" or group.samples not in (None, self.sample_counts[-1])
         return Group(group.method, group.where, few_of(self.sample_counts) if few else None)
 
-    def config(self, run, lr):
-        """The TrainConfig of a run. A search never sees the test split."""
+    def samples_of(self, names, seed):
+        """The tasks of these names with the samples of a seed: generated ones as files in the comparison's folder."""
+        return [str(self.task_folder(name, seed)) if name in EMBEDDED else name for name in names]
+
+    def task_folder(self, name, seed):
+        """The folder of an embedded task with other samples, a split a file, which is written if it is not there."""
+        folder = self.out / "tasks" / f"seed{seed}" / name
+        for split, samples in ({} if (folder / "test.jsonl").is_file() else embedded_samples(name, seed)).items():
+            files.make_folder(folder)  # the test samples come last
+            lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in samples]
+            files.write_file(folder / f"{split}.jsonl", "\n".join(lines).encode())
+        return folder
+
+    def config(self, run, rates):
+        """The TrainConfig of a run, rates: as `tried`. A search never sees the test split."""
         tasks, samples = self.task_sets[run.group.where], run.group.samples or self.sample_counts[-1]
         # For MeTA-LoRA: a round's query sets are as a batch of the others, with all tasks and as many samples of each.
         each = max(1, min(samples // 2, self.base.batch_size // len(tasks)))
         return settings.with_full_paths(resolve(replace(
-            self.base, **self.variants[run.group.method], tasks=tasks, samples=samples, seed=run.seed, lr=lr,
-            support=each, query=each, tasks_per_round=len(tasks), split="test" if run.lr is None else "validation",
+            self.base, **self.variants[run.group.method] | dict(zip(("lr", "inner_lr"), rates)),
+            tasks=self.samples_of(tasks, run.seed), samples=samples, seed=run.seed,
+            support=each, query=each, tasks_per_round=len(tasks), split="test" if run.tried is None else "validation",
             skip_bad_steps=self.base.steps,  # they are counted, not fatal
             out=str(self.out / "runs" / run.name))))
 
-    def conditions(self):
-        """For results.json: what all runs have in common."""
+    def shared_conditions(self):
+        """What all runs have in common, also those of a longer list with more seeds or claims."""
         return {name: getattr(self.base, name) for name in SHARED} | self.task_sets | {
-            "held_out": self.held_out, "sizes": self.sample_counts, "seeds": list(range(self.seeds)),
-            "search_seed": SEARCH_SEED, "threads": torch.get_num_threads(), "parameters": self.parameters}
+            "held_out": self.held_out, "sizes": self.sample_counts, "search_seeds": SEARCH_SEEDS, "rates": self.rates,
+            "inner_rates": INNER_RATES, "version": __version__, "source_sha256": hash_of_source()}
+
+    def conditions(self):
+        """For results.json: what was compared, and how."""
+        return self.shared_conditions() | {"seeds": list(range(self.seeds)), "parameters": self.parameters}
+
+
+@cache
+def hash_of_source():
+    """A hash of this package's code and of the embedded model: the same code, the same hash, wherever it is."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted([*package.rglob("*.py"), *(package / "assets" / "mini").iterdir()]):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def match(names, base):
@@ -114,10 +159,13 @@ def match(names, base):
     wanted, variants, counts = count(method="hydralora"), {}, {}
     for name in names:
         changes = dict(VARIANTS[name])
-        knob = changes.pop("match", None)
+        find_method(changes["method"])
+        knob, alpha = changes.pop("match", None), changes.pop("alpha", None)
         if knob:
             two, three = (count(**changes | {knob: value}) for value in (2, 3))
             changes[knob] = max(2, round(2 + (wanted - two) / (three - two)))
+        if alpha:
+            changes["alpha"] = alpha(base, replace(base, **changes))
         variants[name], counts[name] = changes, count(**changes)
         if knob and abs(counts[name] / wanted - 1) > TOLERANCE:
             raise ValueError(f"{name} has {counts[name]:,} parameters at --{knob} {changes[knob]}, which is not "
@@ -129,7 +177,8 @@ def make_plan(args, command=""):
     """The Plan of the command line; ValueError for what does not go together, before hours of runs find it out."""
     preset, mini = PRESETS[args.preset], args.model == "mini"
     given = {name: getattr(args, name) for name in SHARED if getattr(args, name) is not None}
-    base = replace(TrainConfig(rank=4, steps=preset["steps"], batch_size=preset["batch_size"]), **given)
+    preset_settings = {name: preset[name] for name in ("steps", "batch_size", "score_samples")}
+    base = TrainConfig(**{"rank": 4} | preset_settings | given)
     settings.check(base)
     held_out = args.held_out or (preset["held_out"] if mini and not args.tasks else [])
     tasks, languages = ([name for given in names for name in TASK_SETS.get(given, [given])] for names in (
@@ -139,7 +188,7 @@ def make_plan(args, command=""):
     if len(sample_counts) < 2 or sample_counts[0] > 50:
         raise ValueError("--samples needs at least two sizes, the smallest at most 50")
     numbers = set(args.claims or preset["claims"])
-    for number, there, flag in ((6, held_out, "--held-out"), (8, languages, "--languages")):
+    for number, there, flag in ((8, languages, "--languages"), (10, held_out, "--held-out")):
         if number in numbers and not there:
             if args.claims:
                 raise ValueError(f"claim {number} needs {flag}")
@@ -151,8 +200,8 @@ def make_plan(args, command=""):
                 [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command)
     loaded = {where: load_tasks(names) for where, names in plan.task_sets.items() if names}
     for run in plan.runs():
-        if run.group.where != "cost" and run.seed in (SEARCH_SEED, 0):
-            settings.check_sizes(plan.config(run, run.lr or plan.rates[0]), loaded[run.group.where])
+        if run.group.where != "cost" and run.seed in (SEARCH_SEEDS[0], 0):
+            settings.check_sizes(plan.config(run, run.tried or plan.rates[:1]), loaded[run.group.where])
     if held_out:
         unseen = load_tasks(held_out)
         require_samples(unseen, "test")

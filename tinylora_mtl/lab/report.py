@@ -1,16 +1,17 @@
 """From the runs of a comparison to its verdicts, and from results.json to Markdown."""
 
 import textwrap
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
-from .claims import UNITS, Group, few_of, joint_verdict, t_interval, verdict
+from .claims import POINT, UNITS, Group, few_of, joint_verdict, t_interval, verdict, word
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
 
 
-def best_rate(tried):
-    """The learning rate of the best accuracy in {rate: validation accuracy}; of equals the lowest."""
+def best_rates(tried):
+    """The rates of the best accuracy in {(lr, ...): validation accuracy}; of equals the lowest."""
     return max(sorted(tried), key=tried.get)
 
 
@@ -20,7 +21,8 @@ def judge_claims(plan, rows):
     for row in rows:
         group = row["method"], row["where"], row.get("samples")
         if row["search"]:
-            searched.setdefault(group, {})[row["lr"]] = row["average_after"]
+            tried = tuple(row[name] for name in ("lr", "inner_lr") if name in row)
+            searched.setdefault(group, {}).setdefault(tried, []).append(row["average_after"])
         else:
             tested[(*group, row["seed"])] = row
 
@@ -38,16 +40,18 @@ def judge_claims(plan, rows):
         return {"name": str(comparison), "quantity": comparison.quantity, "unit": UNITS[comparison.quantity],
                 "claimed": comparison.claimed, "margin": comparison.margin, "decides": comparison.decides,
                 "differences": differences, "mean": middle, "interval": interval,
-                "verdict": verdict(interval, comparison.claimed, comparison.margin)}
+                "verdict": verdict(interval, comparison.claimed, comparison.margin, UNITS[comparison.quantity])
+                } | ({"word": word(interval)} if UNITS[comparison.quantity] == "points" else {})
 
     claims = [{"claim": claim.number, "text": claim.text, "comparisons": [judged(c) for c in claim.comparisons]}
               for claim in plan.claims]
     for claim in claims:
         claim["verdict"] = joint_verdict([row["verdict"] for row in claim["comparisons"] if row["decides"]])
     for (method, where, samples), tried in searched.items():
-        rates.append({"method": method, "where": where, "samples": samples, "lr": best_rate(tried),
-                      "tried": {f"{rate:g}": accuracy for rate, accuracy in tried.items()},
-                      "at_the_edge": len(tried) > 2 and best_rate(tried) in (min(tried), max(tried))})
+        best, lrs = best_rates({each: mean(found) for each, found in tried.items()}), {lr for lr, *_ in tried}
+        rates.append({"method": method, "where": where, "samples": samples, **dict(zip(("lr", "inner_lr"), best)),
+                      "tried": {" ".join(f"{rate:g}" for rate in each): found for each, found in tried.items()},
+                      "at_the_edge": len(lrs) > 2 and best[0] in (min(lrs), max(lrs))})
     return {"claims": claims, "rates": rates, "conditions": plan.conditions(), "runs": rows, "command": plan.command,
             "seconds": round(sum(row["seconds"] for row in rows), 1)}
 
@@ -109,10 +113,12 @@ def comparison_table(results):
     """A row for each comparison."""
     rows = [[claim["claim"], f"**{row['name']}**" if row["decides"] else row["name"],
              f"{'>' if row['claimed'] > 0 else '<'} {-row['claimed'] * row['margin'] or 0:g}", difference(row),
-             row["unit"], row["verdict"]] for claim in results["claims"] for row in claim["comparisons"]]
-    head = ["claim", "comparison", "claimed", "mean difference [95 % interval]", "unit", "verdict"]
+             row["unit"], row.get("word", "-"), row["verdict"]]
+            for claim in results["claims"] for row in claim["comparisons"]]
+    head = ["claim", "comparison", "claimed", "mean difference [95 % interval]", "unit", "in a word", "verdict"]
     return (f"{markdown_table(head, rows)}\n\nComparisons in bold decide the claim. Accuracy is on test samples, the "
-            "mean of the tasks; unseen: of the tasks that were not trained on.")
+            "mean of the tasks; unseen: of the tasks that were not trained on; bits: the mean of -log2 p(right answer), "
+            f"so less is better. No different: within {POINT:g} point.")
 
 
 def run_table(results):
@@ -128,18 +134,44 @@ def run_table(results):
         edge, skipped = "*" if (method, where, first["lr"]) in edges else "", sum(run["skipped_steps"] for run in runs)
         rows.append([
             method, where, samples, f"{first['samples_seen']:,}", first["rank"], heads,
-            f"{first['trainable_parameters']:,}", f"{first['lr']:g}{edge}",
+            f"{first['trainable_parameters']:,}", f"{first['lr']:g}{edge}" + (
+                f", inner {first['inner_lr']:g}" if "inner_lr" in first else ""),
             f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}" + (f" ({skipped} steps skipped)" if skipped else ""),
             f"{mean(run['seconds'] for run in runs):.0f}"])
     head = ["method", "trained on", "samples per task", "samples seen", "rank", "heads", "parameters", "learning rate",
             "accuracy, mean ± sd over seeds", "seconds a run"]
-    return (f"{markdown_table(head, rows)}\n\nLearning rates were chosen for each method on validation samples, with a "
-            "seed of their own; * marks the smallest or largest of those tried. Runs with fewer samples than all, and "
+    return (f"{markdown_table(head, rows)}\n\nLearning rates were chosen for each method on validation samples, with "
+            "seeds of their own; * marks the smallest or largest of those tried. Runs with fewer samples than all, and "
             f"all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} samples. "
             "Parameters are those that train.")
 
 
-TABLES = {"conditions": conditions_text, "verdicts": verdict_table, "comparisons": comparison_table, "runs": run_table}
+def task_table(results):
+    """A row for each group of runs with all samples, a column for each task: mean ± standard deviation over seeds."""
+    tables = []
+    for where in ("tasks", "languages"):
+        names, rows = [Path(task).stem for task in results["conditions"][where]], {}
+        for run in results["runs"]:
+            if (run["search"], run["where"], run["samples"] if "samples" in run else 0) == (
+                    False, where, results["conditions"]["sizes"][-1]):
+                rows.setdefault(run["method"], []).append(run["after"])
+        if rows:
+            tables.append(markdown_table(["method", *names], [
+                [method, *(f"{100 * mean(after[name] for after in runs):.1f} ± "
+                           f"{100 * stdev(after[name] for after in runs):.1f}" for name in names)]
+                for method, runs in rows.items()]))
+    return "\n\n".join(tables) + "\n\nAccuracy on test samples by task, mean ± standard deviation over seeds."
+
+
+def machine_text(results):
+    """What the runs were done on, in a sentence."""
+    counts = Counter(run["on"] for run in results["runs"] if "on" in run)
+    return textwrap.fill("Done on: " + "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
+                         + f"; version {results['conditions'].get('version', '0.1')} of this package.", 120)
+
+
+TABLES = {"conditions": conditions_text, "verdicts": verdict_table, "comparisons": comparison_table, "runs": run_table,
+          "tasks": task_table, "machines": machine_text}
 
 
 def markdown(results):

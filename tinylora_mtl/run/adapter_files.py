@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..adapters import LAYERS, AdapterConfig, adapter_parameters, add_adapters, find_adapters, make_adapter
+from ..adapters import LAYERS, AdapterConfig, add_adapters, find_adapters, make_adapter
 from ..lora import linear_shape
 from ..multihead import MultiHeadLoRALinear
 from ..targets import linear_layers, target_names, unwrap
 from .files import read_json, write_file, write_json
 from .fingerprints import of_base, plain_name
+from .methods import find_method
 
 MULTIHEAD = "TINYLORA_MTL_MULTIHEAD"
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
@@ -57,7 +58,7 @@ def save_adapter(model, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", description)
-    tensors = {file_key(name): p.detach().contiguous().cpu() for name, p in adapter_parameters(model).items()}
+    tensors = {file_key(name): tensor.contiguous().cpu() for name, tensor in adapter_tensors(model).items()}
     content = save(tensors, {"format": "pt"} | ({BASE: of_base(model)} if told_apart(model) else {}))
     length = int.from_bytes(content[:8], "little")  # of the header, whose two entries come in no fixed order
     header = json.loads(content[8:8 + length])
@@ -92,8 +93,8 @@ def load_adapter(model, folder):
                       "anything here", stacklevel=2)
     adapters = add_adapters(model, config)
     with torch.no_grad():
-        for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(tensors[file_key(name)])
+        for name, tensor in adapter_tensors(model).items():
+            tensor.copy_(tensors[file_key(name)])
     return adapters
 
 
@@ -118,6 +119,7 @@ def read_description(description):
         return value
 
     method, stabilized = "lora" if kind == "LORA" else description.get("method"), description.get("use_rslora") or False
+    find_method(method)
     if not isinstance(method, str) or method not in LAYERS or (method == "lora") != (kind == "LORA"):
         raise ValueError(f"its method {method!r:.60} is none of its type's")
     if not isinstance(stabilized, bool):
@@ -144,8 +146,8 @@ def read_tensors(file, config, description, model):
         wanted = {}
         for name in target_names(model, config.targets):
             base = torch.nn.Linear(*linear_shape(model.get_submodule(name)), device="meta")  # shapes, no memory
-            wanted |= {file_key(f"{name}.{part}"): tuple(parameter.shape) for part, parameter
-                       in make_adapter(base, config).named_parameters() if not part.startswith("base.")}
+            wanted |= {file_key(f"{name}.{part}"): tuple(tensor.shape) for part, tensor
+                       in make_adapter(base, config).state_dict().items() if not part.startswith("base.")}
         for key in [key for key in shapes if key not in wanted and is_copy(stored, key, model)]:
             del shapes[key]  # PEFT adds the base weight of an output head that is adapted
         wrong = [f"{key} is missing" for key in wanted if key not in shapes]
@@ -197,6 +199,12 @@ def told_apart(model):
     return getattr(model, "dtype", None) != torch.float16
 
 
+def adapter_tensors(model):
+    """{name: tensor}, detached, of all that the adapters are: what trains (`adapter_parameters`), and their buffers."""
+    return {f"{layer}.{name}": tensor for layer, adapter in find_adapters(model).items()
+            for name, tensor in adapter.state_dict().items() if not name.startswith("base.")}
+
+
 def file_key(name):
-    """The key in a PEFT file of a parameter of `adapter_parameters`."""
+    """The key in a PEFT file of a tensor of `adapter_tensors`."""
     return PREFIX + plain_name(name if name.endswith(".weight") else f"{name}.weight")

@@ -1,10 +1,12 @@
 """The model and its tokenizer: the embedded one, a folder in Hugging Face format, or a name on the Hugging Face Hub."""
 
 import os
+import platform
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +140,17 @@ def pick_device(device):
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch says so in one or the other way, by device
         raise ValueError(f"device {device!r} is not to be had here; there are: auto, cpu, cuda, mps") from error
+
+
+def machine_name(device):
+    """What a torch device is, and what computes on it: processor or GPU, threads, versions."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        names[0] if names else platform.processor() or platform.machine())
+    threads = torch.get_num_threads()
+    return (f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}")
 
 
 def pick_dtype(dtype, saved, device):

@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..data.tasks import check_labels, load_tasks, own_name, require_samples, with_shots
+from ..config import TrainConfig, resolve
+from ..data.tasks import check_labels, load_tasks, own_name, require_samples, scored_samples, with_shots
 from ..evaluate import accuracy, generate_answers, is_right, normalize
 from ..evaluate import __doc__ as description
 from .adapter_files import load_adapter
@@ -92,6 +92,13 @@ def table(columns, counts, common):
     return "\n".join(lines)
 
 
+def say_part(tasks, scored, split):
+    """Print it if not all samples of a split were scored."""
+    there, taken = (sum(len(getattr(task, split)) for task in each) for each in (tasks, scored))
+    if taken < there:
+        print(f"scored on {taken} of {there} {split} samples; --score-samples takes more of each task")
+
+
 def commonest(tasks, split):
     """{task: the share of a split that its commonest training answer gets right}, for tasks with closed sets of labels.
 
@@ -124,6 +131,8 @@ def command(argv=None):
     parser.add_argument("--tasks", nargs="+", help="names or paths of tasks (default: the run's tasks, or mini)")
     parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's; test)")
     parser.add_argument("--score", choices=["generate", "choose"], help="how (default: as in the run, or generate)")
+    parser.add_argument("--score-samples", type=whole(1), metavar="N", help="samples of each task to score "
+                                                                            "(default: the run's; 200 on mini, or all)")
     parser.add_argument("--shots", type=whole(0), default=0, metavar="N", help="solved samples before each prompt")
     parser.add_argument("--show", type=whole(0), default=0, metavar="N", help="print N prompts a task, with answers")
     parser.add_argument("--max-length", type=whole(1), help="prompts are cut from the left to this many tokens, answer "
@@ -132,30 +141,32 @@ def command(argv=None):
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
     args = parser.parse_args(argv)
 
-    run = read_config(args.run, finished=not args.adapter) if args.run else TrainConfig()
+    run = read_config(args.run, finished=not args.adapter) if args.run else resolve(TrainConfig(args.model or "mini"))
     split, score = args.split or run.split, args.score or run.score
     tasks = load_tasks(args.tasks or run.tasks)
     require_samples(tasks, split)
     check_labels(tasks, score)
     if args.run and not args.adapter:
         check_not_trained_on(args.run, [own_name(name) for name in run.tasks], tasks, split)
-    common = commonest(tasks, split)
     if args.shots:
         tasks = [with_shots(task, split, args.shots) for task in tasks]
+    scored = scored_samples(tasks, split, args.score_samples or run.score_samples)
+    common = commonest(scored, split)
     model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, args.max_length or run.max_length)
-    check_samples(model, tokenizer, tasks, split, max_length, score)
+    check_samples(model, tokenizer, scored, split, max_length, score)
     stored = read_fingerprints(args.run) if args.run and not args.model else None
     for line in base_changes(stored, model, tokenizer, weights=False) if stored else ():
         print(line)  # of other weights the adapter itself warns
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:
         load_adapter(model, folder)
-    scores = accuracies(model, tokenizer, tasks, split, max_length, score)
-    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in tasks}, common))
+    scores = accuracies(model, tokenizer, scored, split, max_length, score)
+    print(table({"accuracy": scores}, {task.name: len(getattr(task, split)) for task in scored}, common))
     print(f"{split} accuracy in percent, with its 95 % interval over the n samples; scored by {score}\n"
           f"{WHAT_COMMONEST_IS}")
-    for task in tasks if args.show else []:
+    say_part(tasks, scored, split)
+    for task in scored if args.show else []:
         show(model, tokenizer, task, split, args.show, max_length, score)
     return scores
 

@@ -11,6 +11,7 @@ from ..data.tasks import check_labels, is_path, require_samples
 from .checkpoint import check_format
 from .distributed import world_size
 from .files import read_json
+from .methods import find_method
 
 # In a resumed run: where, how fast and how safely it goes on.
 MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")
@@ -51,6 +52,7 @@ def with_full_paths(config):
 
 def check(config):
     """ValueError, naming the flag, for a value that cannot work; values may come from a file, and be of any type."""
+    find_method(config.method)
     for item in fields(config):
         value, flag, choices = getattr(config, item.name), flag_of(item.name), item.metadata.get("choices")
         if value is None and item.default is None:

@@ -18,7 +18,7 @@ import torch
 from ..adapters import adapter_parameters, add_adapters, find_adapters
 from ..batching import BalancedBatches, Episodes, collate
 from ..config import META_SAMPLES, TrainConfig, adapter_config, resolve
-from ..data.tasks import load_tasks
+from ..data.tasks import load_tasks, scored_samples
 from ..meta import adapted_to
 from ..targets import linear_layers
 from ..train import TrainState
@@ -32,7 +32,7 @@ from .folder import open_run
 from .loop import run_steps
 from .models import load_model, pick_length
 from .samples import check_samples
-from .scoring import (WHAT_COMMONEST_IS, accuracies, average, average_interval, commonest, table,
+from .scoring import (WHAT_COMMONEST_IS, accuracies, average, average_interval, commonest, say_part, table,
                       task_accuracy)
 from .settings import add_flags, check, check_sizes, resume_config, with_full_paths
 
@@ -50,26 +50,27 @@ def run(config, resuming=False, stop=None, before=None):
         print(f"the run in {config.out} is finished: nothing is left to do")
         return read_json(Path(config.out) / "results.json")
     config, tasks, model, tokenizer, device = set_up(config)
-    check_samples(model, tokenizer, tasks, config.split, config.max_length, config.score, training=True)
+    scored = scored_samples(tasks, config.split, config.score_samples)
+    check_samples(model, tokenizer, scored, config.split, config.max_length, config.score, training=True)
     state = prepare(config, model, tokenizer, tasks)
     with open_run(config, resuming, model, tokenizer, tasks) as folder:
-        counts = {task.name: len(getattr(task, config.split)) for task in tasks}
-        scoring, common = (config.split, config.max_length, config.score), commonest(tasks, config.split)
+        counts = {task.name: len(getattr(task, config.split)) for task in scored}
+        scoring, common = (config.split, config.max_length, config.score), commonest(scored, config.split)
         results = {"method": config.method, "seed": config.seed, "split": config.split, "score": config.score,
                    "samples": counts} | describe(config, model, tasks, device)
         content = load_checkpoint(folder) if resuming else None
         if content:
             progress = restore(content, state)
         else:
-            progress = Progress(before or accuracies(model, tokenizer, tasks, *scoring))
+            progress = Progress(before or accuracies(model, tokenizer, scored, *scoring))
         if resuming:
             print(f"resumed after step {state.step}" if content else "no checkpoint yet: from the first step")
         began -= progress.seconds  # as if the run had never been stopped
         run_steps(model, state, config, tasks, folder, progress, began, stop or StopSignals())
         say_idle(state.parameters)
-        columns = {"before": progress.before, "after": accuracies(model, tokenizer, tasks, *scoring)}
+        columns = {"before": progress.before, "after": accuracies(model, tokenizer, scored, *scoring)}
         if config.method == "meta":  # "after" is the shared adapter as it is; this is each task's own θ_i
-            columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, tasks, state.batches, config)
+            columns["after_adapting"] = accuracies_after_adapting(model, tokenizer, scored, state.batches, config)
         results |= columns | {f"average_{name}": average(column) for name, column in columns.items()}
         results |= {f"average_{name}_interval": average_interval(columns[name], counts) for name in columns}
         results |= {"commonest": common, "skipped_steps": progress.skipped_steps}
@@ -78,8 +79,9 @@ def run(config, resuming=False, stop=None, before=None):
             save_adapter(model, folder / "adapter")
             write_json(folder / "results.json", results)  # the last file: with it, the run is finished
     print(table({name.replace("_", " "): column for name, column in columns.items()}, counts, common))
-    print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n{WHAT_COMMONEST_IS}\n"
-          f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
+    print(f"{config.split} accuracy in percent, with its 95 % interval over the n samples\n{WHAT_COMMONEST_IS}")
+    say_part(tasks, scored, config.split)
+    print(f"{results['seconds']:.0f} s in all; the run is in\n{folder}")
     return results
 
 
