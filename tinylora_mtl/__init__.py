@@ -12,7 +12,7 @@ from .mmd import mmd_alignment
 from .multihead import MultiHeadLoRALinear
 from .run.adapter_files import load_adapter, save_adapter
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["AdapterConfig", "LoRALinear", "MultiHeadLoRALinear", "adapter_parameters", "add_adapters",
            "kl_alignment", "load_adapter", "merge_adapters", "meta_gradients", "mmd_alignment", "remove_adapters",
            "save_adapter"]

@@ -33,7 +33,7 @@ class TrainConfig:
     targets: tuple = option(None, "layers to adapt, by the last part of their name, or all-linear (default: all-linear "
                                   "on mini; else gate, up and down projections if there are any, as in the papers)")
 
-    steps: int = option(300, "optimiser steps (rounds, for meta)")
+    steps: int = option(200, "optimiser steps (rounds, for meta)")
     batch_size: int = option(64, "samples in a step, the same number of each task (not for meta)")
     accumulation: int = option(1, "compute a step in this many micro-batches, to save memory (not for meta)")
     lr: float = option(None, "peak learning rate (default: by method on mini, 5e-4 on other models)", type=float)

@@ -87,7 +87,7 @@ def test_a_file_holds_the_start_too(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["rlora_released", "mlora_released"])
-def test_a_run_trains_it_goes_on_with_it_and_is_scored(tmp_path, method, few):
+def test_a_run_trains_it_goes_on_with_it_and_is_scored(tmp_path, method):
     """As any other method, by its name; what `evaluate` finds of the files is what the run found."""
     config = TrainConfig(method=method, **TINY | {"out": str(tmp_path / "run"), "steps": 4, "checkpoint_every": 2})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):

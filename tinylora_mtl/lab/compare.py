@@ -116,7 +116,7 @@ def carry_out(plan, run, rates, stop):
                     had = files.read_json(folder / "config.json")
                     check_format(had, f"the run in {folder}")
                     refuse_another(folder, had, config)
-                    config_on = settings.resume_config(folder, device=config.device)
+                    config_on = replace(settings.resume_config(folder, device=config.device), tasks=config.tasks)
                     results = training.run(config_on, resuming=True, stop=stop)
                 else:
                     results = training.run(config, stop=stop, before=plan.before.get(base))
@@ -154,6 +154,8 @@ def refuse_another(folder, had, config):
     """ValueError if a folder's run, with the settings `had`, is not the declared one: results would be mixed."""
     for name, value in json.loads(json.dumps(asdict(config))).items():  # tuples are lists in a file
         may_differ = name in (*settings.MAY_DIFFER, "out", "overwrite") or (name, value) == ("max_length", None)
+        if name == "tasks":  # their files may have been moved, with the comparison's folder
+            value, had = [Path(task).name for task in value], had | {name: [Path(task).name for task in had[name]]}
         if value != had.get(name) and not may_differ:
             raise ValueError(f"{folder} holds a run with {settings.flag_of(name)} {had.get(name)}, and this comparison "
                              f"has {value}; name another --out")
@@ -221,7 +223,7 @@ def parse(argv=None):
     shown = TrainConfig.__dataclass_fields__
     parser.add_argument("--preset", choices=PRESETS, default="full", help="quick: a few minutes; full: hours")
     parser.add_argument("--claims", type=cli.whole(1, 10), nargs="+", metavar="N", help="which of the claims 1 to 10")
-    parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 12)")
+    parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 8)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
     parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 10: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")
