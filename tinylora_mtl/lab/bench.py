@@ -283,7 +283,7 @@ def main(argv=None):
     device = models.pick_device(args.device)
     results = {"columns": columns, "repeats": args.repeats, "on": models.machine_name(device), "dtype": args.dtype,
                "figures": figures}
-    for row in (row for row in ROWS if row.number in args.rows):
+    for row in (row for number in args.rows for row in ROWS if row.number == number):
         for on, quantity in itertools.product(places[row.where], row.targets):
             figure = figure_of(row, quantity, configs.get(on, configs["mini"]), args.repeats)
             print(f"{row.number} {row.what}, {quantity}, {on}: {in_words(figure)}", file=sys.stderr, flush=True)
