@@ -10,7 +10,7 @@ device=${DEVICE:-cuda}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TINYLORA_TEST_DEVICE="$device"
 
-timeout 150 "$python" -m pytest -q -p no:cacheprovider tests/core/test_cuda.py tests/run/test_cuda_runs.py \
+timeout 180 "$python" -m pytest -q -p no:cacheprovider tests/core/test_cuda.py tests/run/test_cuda_runs.py \
   2>&1 | tee "$out/tests.txt"
 
 "$python" - "$out/model" "${SMALL:-}" <<'MODEL' || exit 1
@@ -30,7 +30,7 @@ Qwen2ForCausalLM(Qwen2Config(**shape, **special)).to(torch.bfloat16).save_pretra
 tokenizer.save_pretrained(sys.argv[1])
 MODEL
 
-timeout 300 "$python" -m tinylora_mtl.lab.bench --model "$out/model" --device "$device" --dtype bfloat16 \
+timeout 270 "$python" -m tinylora_mtl.lab.bench --model "$out/model" --device "$device" --dtype bfloat16 \
   --rows 1 2 3 6 7 9 12 5 4 --repeats "${REPEATS:-7}" --out "$out/bench.json"  # what was measured is there if time ends
 
 "$python" - "$out" <<'RESULT'

@@ -20,6 +20,7 @@ import pytest
 
 import tinylora_mtl
 from tinylora_mtl.lab import compare
+from tinylora_mtl.lab.bench import figure_table
 from tinylora_mtl.lab.plan import make_plan
 from tinylora_mtl.lab.report import PUBLISHED, TABLES, difference
 from tinylora_mtl.run.files import read_json
@@ -98,12 +99,15 @@ def source(name):
 def filled(text):
     """A document with every piece between <!-- FILE: NAME --> and <!-- end --> made anew, from a file or source.
 
-    NAME is one of TABLES, or "2: accuracy: rlora - hydralora", the difference that claim 2 found; else ValueError.
+    NAME is one of TABLES, "bench" (of assets/bench), or "2: accuracy: rlora - hydralora", the difference that claim 2
+    found; else ValueError.
     """
     def fill(found):
         mark, file, name = found.groups()
         if file == "source":
             return f"{mark}\n```python\n{source(name)}\n```\n<!-- end -->"
+        if name == "bench":
+            return f"{mark}\n{figure_table(read_json(PUBLISHED.parent / 'bench' / f'{file}.json'))}\n<!-- end -->"
         results = [read_json(PUBLISHED / f"{part}.json") for part in file.split("+")]
         if name in TABLES:
             return f"{mark}\n{TABLES[name](*results)}\n<!-- end -->"

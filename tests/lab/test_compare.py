@@ -60,8 +60,7 @@ def patch_few(monkeypatch):
 
     Returns the names of the trained runs.
     """
-    for module in (plans, compare):
-        monkeypatch.setattr(module, "SEARCH_SEEDS", SEARCH_SEEDS[:1])
+    monkeypatch.setattr(plans, "SEARCH_SEEDS", SEARCH_SEEDS[:1])
     for module in (training, compare, heads):
         monkeypatch.setattr(module, "load_tasks", lambda names, *args: [few_samples(name, *args) for name in names])
     monkeypatch.setattr(compare, "draw_comparison", lambda results, folder: None)

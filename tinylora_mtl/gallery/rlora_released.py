@@ -37,8 +37,8 @@ class Layer(MultiHeadLoRALinear):
 
     def forward(self, x):
         y = super().forward(x)  # [..., d_out]
-        with branch_precision(x) as x:
-            return y - F.linear(F.linear(x, self.start_A), self.scaling * self.start_B).to(y.dtype)
+        with branch_precision(x) as branch_x:
+            return y - F.linear(F.linear(branch_x, self.start_A), self.scaling * self.start_B).to(y.dtype)
 
     def delta(self):
         return super().delta() - self.scaling * self.start_B @ self.start_A

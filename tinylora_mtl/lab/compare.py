@@ -33,7 +33,7 @@ from .claims import COSTS, MOST_SEEDS
 from .cost import compare_costs
 from .heads import inspect_run, open_finished
 from .pictures import draw_comparison
-from .plan import PRESETS, SAMPLE_COUNTS, SEARCH_SEEDS, SHARED, Run, make_plan
+from .plan import PRESETS, SAMPLE_COUNTS, SHARED, Run, make_plan
 from .report import best_rates, judge_claims, markdown, summary
 
 ROWS = "rows.jsonl"  # in the folder of a comparison: what its runs have in common, then a line for each finished one
@@ -68,7 +68,7 @@ def rates_of(plan, run, rows):
     if run.tried or run.group.where == "cost":  # costs are measured, without training
         return run.tried
     searched = plan.searched(run.group)
-    tried = {rates: [rows.get(Run(searched, seed, rates).name) for seed in SEARCH_SEEDS]
+    tried = {rates: [rows.get(Run(searched, seed, rates).name) for seed in plan.search_seeds]
              for rates in plan.tried(searched)}
     if any(None in found for found in tried.values()):
         raise BlockingIOError("the search is still in the hands of another process")

@@ -2,8 +2,9 @@
 
 Learning rates are chosen first, for each variant by itself: the rate of the best accuracy on validation samples, the
 mean of the tasks and of SEARCH_SEEDS, which do nothing else. Seven rates are tried, a factor of 1.6 to 1.7 apart (the
-lowest was added when the first seed had shown, on validation samples, that two variants want it), and for MeTA-LoRA all of them but the smallest and the largest, with every one of INNER_RATES: twice as many runs. Then come the
-runs that are judged, on test samples, seed by seed.
+lowest was added when the first seed had shown, on validation samples, that two variants want it), and for MeTA-LoRA all
+of them but the smallest and the largest, with every one of INNER_RATES: twice as many runs. Then come the runs that are
+judged, on test samples, seed by seed.
 
 Of generated tasks every seed has samples of its own, training samples too, so that an interval tells what other samples
 would have changed, not only other random numbers.
@@ -30,9 +31,9 @@ from ..run.methods import find_method
 from .claims import VARIANTS, Group, declare, few_of
 
 PRESETS = {
-    "quick": {"claims": [1, 4, 5], "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
+    "quick": {"claims": [1, 4, 5], "search_seeds": 1, "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
               "score_samples": 200, "tasks": ["word_sorting", "dyck_languages", "object_counting"], "held_out": []},
-    "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "seeds": 8, "steps": 300, "batch_size": 18,
+    "full": {"claims": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "search_seeds": 3, "seeds": 8, "steps": 300, "batch_size": 18,
              "rates": [6e-4, 1e-3, 1.7e-3, 2.8e-3, 4.6e-3, 7.5e-3, 1.2e-2], "score_samples": 1000, "tasks": ["mini"],
              # Not trained on. The first two are learned late and all at once, so that seeds would differ by 20 points.
              "held_out": ["web_of_lies", "tracking_shuffled_objects", *LANGUAGES]},
@@ -70,6 +71,7 @@ class Plan:
     held_out: list  # tasks to score that were not trained on
     sample_counts: list
     rates: list
+    search_seeds: list
     seeds: int
     claims: list
     out: Path
@@ -88,7 +90,8 @@ class Plan:
     def runs(self):
         """The declared list: first the search of the learning rates, then seed by seed what they are for."""
         searched = dict.fromkeys(self.searched(group) for group in self.groups if group.where != "cost")
-        return ([Run(group, seed, tried) for seed in SEARCH_SEEDS for group in searched for tried in self.tried(group)]
+        return ([Run(group, seed, tried)
+                 for seed in self.search_seeds for group in searched for tried in self.tried(group)]
                 + [Run(group, seed) for seed in range(self.seeds) for group in self.groups])
 
     def tried(self, group):
@@ -134,8 +137,8 @@ class Plan:
     def shared_conditions(self):
         """What all runs have in common, also those of a longer list with more seeds or claims."""
         return {name: getattr(self.base, name) for name in SHARED} | self.task_sets | {
-            "held_out": self.held_out, "sizes": self.sample_counts, "search_seeds": SEARCH_SEEDS, "rates": self.rates,
-            "inner_rates": INNER_RATES, "version": __version__, "source_sha256": hash_of_source()}
+            "held_out": self.held_out, "sizes": self.sample_counts, "search_seeds": self.search_seeds,
+            "rates": self.rates, "inner_rates": INNER_RATES, "version": __version__, "source_sha256": hash_of_source()}
 
     def conditions(self):
         """For results.json: what was compared, and how."""
@@ -205,11 +208,12 @@ def make_plan(args, command=""):
             numbers.remove(number)
     out = args.out or f"runs/compare{'' if mini else f'-{Path(args.model).name}'}-{args.preset}"
     plan = Plan(base, {"tasks": tasks, "languages": languages}, held_out, sample_counts,
-                args.rates or (preset["rates"] if mini else RATES), args.seeds or preset["seeds"],
+                args.rates or (preset["rates"] if mini else RATES), SEARCH_SEEDS[:preset["search_seeds"]],
+                args.seeds or preset["seeds"],
                 [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command)
     loaded = {where: load_tasks(names) for where, names in plan.task_sets.items() if names}
     for run in plan.runs():
-        if run.group.where != "cost" and run.seed in (SEARCH_SEEDS[0], 0):
+        if run.group.where != "cost" and run.seed in (plan.search_seeds[0], 0):
             settings.check_sizes(plan.config(run, run.tried or plan.rates[:1]), loaded[run.group.where])
     if held_out:
         unseen = load_tasks(held_out)
