@@ -11,8 +11,9 @@ The worded tasks are read too, as plain text without an answer: embeddings are f
 must have been met. In the second stage some come with the answer of another problem: the model learns what an answer
 looks like, and can only guess which is right.
 
-Made once, in about 41 minutes on 2 cores, and shipped. Greedy exact answers on 256 unseen samples of each skill: 88 %
-in object counting and 97 to 100 % in the others after the first stage, 98 to 100 % in all after the second.
+Made once, in about 40 minutes on 2 cores, and shipped. Greedy exact answers on 256 unseen samples of each skill: 89 %
+in tracking shuffled objects and 95 to 100 % in the others after the first stage, 93 % and 97 to 100 % after the second;
+of the worded tasks 21 %, by guessing.
 """
 
 import random

@@ -110,15 +110,18 @@ def verdict_table(*compared):
 
 
 def comparison_table(results):
-    """A row for each comparison."""
-    rows = [[claim["claim"], f"**{row['name']}**" if row["decides"] else row["name"],
+    """A row for each comparison; results of version 0.1 have no words."""
+    compared = [(claim["claim"], row) for claim in results["claims"] for row in claim["comparisons"]]
+    worded = any("word" in row for _, row in compared)
+    rows = [[number, f"**{row['name']}**" if row["decides"] else row["name"],
              f"{'>' if row['claimed'] > 0 else '<'} {-row['claimed'] * row['margin'] or 0:g}", difference(row),
-             row["unit"], row.get("word", "-"), row["verdict"]]
-            for claim in results["claims"] for row in claim["comparisons"]]
-    head = ["claim", "comparison", "claimed", "mean difference [95 % interval]", "unit", "in a word", "verdict"]
+             row["unit"], *([row.get("word", "-")] if worded else []), row["verdict"]] for number, row in compared]
+    head = ["claim", "comparison", "claimed", "mean difference [95 % interval]", "unit",
+            *(["in a word"] if worded else []), "verdict"]
+    notes = (" Bits: the mean of -log2 p(right answer), so less is better. No different: within "
+             f"{POINT:g} point.") if worded else ""
     return (f"{markdown_table(head, rows)}\n\nComparisons in bold decide the claim. Accuracy is on test samples, the "
-            "mean of the tasks; unseen: of the tasks that were not trained on; bits: the mean of -log2 p(right answer), "
-            f"so less is better. No different: within {POINT:g} point.")
+            f"mean of the tasks; unseen: of the tasks that were not trained on.{notes}")
 
 
 def run_table(results):
