@@ -40,8 +40,8 @@ class AdapterConfig:
     alpha: float = 16  # numerator of the scaling: s = alpha / r, or alpha / sqrt(r) when rank-stabilised
     dropout: float | None = None  # on x (lora, hydralora) or on A x, a mask per head (rlora, mlora); None: the method's
     heads: int = 5  # N, the number of heads of a multi-head method
-    targets: tuple | str | None = None  # layer names or their last parts, "all-linear" (but the output head), or None:
-    # gate, up and down projections where the model has them (as in the papers), otherwise "all-linear"
+    targets: tuple | str | None = None  # layer names or their last parts, "all-linear", or None: as `target_names` says
+    tasks: tuple = ()  # their names, for layers of the gallery that have something of their own for each
     rank_stabilized: bool | None = None  # None: as the method's paper has it
     random_init: bool | None = None  # heads random at the start, or zero; None: as the method's paper has it
 

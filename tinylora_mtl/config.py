@@ -24,7 +24,7 @@ class TrainConfig:
                                      "boolq, ...), JSON Lines files, folders with train.jsonl and test.jsonl")
     samples: int = option(None, "training samples per task (default: all; meta at most 50)", type=int)
 
-    method: str = option("align", "how to train", choices=METHODS)
+    method: str = option("align", "how to train; also a name in gallery/, or FILE.py of your own", choices=METHODS)
     rank: int = option(8, "r, the width of the adapters")
     alpha: float = option(16.0, "the adapters' scaling is alpha / rank, for rlora and mlora alpha / sqrt(rank)")
     dropout: float = option(None, "dropout of the adapters (default: 0; rlora and mlora 0.1)", type=float)

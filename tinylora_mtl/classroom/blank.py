@@ -51,6 +51,8 @@ def make_handout(folder):
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; name a new folder")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (folder / PACKAGE.name / "gallery").glob("[!_]*.py"):  # methods that differ from LoRA by a few lines,
+        file.unlink()  # so that many of the others solve an exercise; how to write one of one's own stays
     found = []
     for file in sorted((folder / PACKAGE.name).rglob("*.py")):
         source, short = file.read_text(encoding="utf-8"), file.relative_to(folder / PACKAGE.name).as_posix()

@@ -196,6 +196,7 @@ def target_bits(model, tokenizer, tasks, max_length):
     """{task: the mean over its test samples of -log2 p(target, end token | prompt)}, in bits."""
     found = {}
     for task in tasks:
+        scoring.tell_task(model, task)
         nats = 0.0
         for chosen in length_buckets(task.test):
             rows = [encode(tokenizer, task.test[i], max_length) for i in chosen]

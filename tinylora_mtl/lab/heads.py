@@ -6,6 +6,7 @@ task. All on the real tokens of validation samples. Numbers go to heads.json in 
 installed, pictures beside it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from ..evaluate import length_buckets
 from ..loss import label_logits
 from ..run import adapter_files, cli, files, fingerprints, models, settings
 from ..run.likeness import cosines, head_cosines, mean_of_pairs
+from ..run.methods import typed_method
+from ..run.scoring import tell_task
 from .pictures import draw_heads
 
 SAMPLES = 50  # validation samples of each task whose features are looked at
@@ -40,9 +43,10 @@ def open_finished(folder, device="auto"):
 
 def back_to_start(model, config):
     """Put the adapters that the run started with, the same numbers on the same device, in place of those it has."""
+    start = replace(adapter_config(config), tasks=model.adapter_config.tasks)
     remove_adapters(model)
     torch.manual_seed(config.seed)
-    add_adapters(model, adapter_config(config))
+    add_adapters(model, start)
     model.eval()
 
 
@@ -56,6 +60,7 @@ def collect(model, tokenizer, tasks, max_length, part="lora_A"):
     """
     found = []
     for task in tasks:
+        tell_task(model, task)
         samples, kept = task.validation[:SAMPLES], []
         for chosen in length_buckets(samples, 32):
             rows = [encode(tokenizer, samples[i], max_length) for i in chosen]
@@ -64,7 +69,7 @@ def collect(model, tokenizer, tasks, max_length, part="lora_A"):
                 label_logits(model, batch)
             outputs = {name: z for name, z in outputs.items() if of_every_token(name, z, batch)}
             if not outputs:
-                raise ValueError("no adapted layer sees every token, so there are no features to compare")
+                raise ValueError("no adapted layer has features A x of every token, so there are none to compare")
             z, _ = real_tokens(outputs, batch)  # [tokens, layers, width]
             if not torch.isfinite(z).all():
                 raise FloatingPointError("the features A x are not finite, so nothing can be said of them")
@@ -182,8 +187,10 @@ def main(argv=None):
     """Look into a run, print, write heads.json and the pictures; returns what heads.json holds."""
     parser = cli.Parser("lab.heads", __doc__)
     parser.add_argument("--run", required=True, type=Path, help="a finished run folder of train")
+    parser.add_argument("--method", default="", metavar="FILE.py", help="the run's method, if it is a file of yours")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    typed_method(args.method)
     findings, more = inspect_run(args.run, args.device)
     files.write_json(args.run / "heads.json", findings)
     print(findings_text(findings))

@@ -21,7 +21,7 @@ from .files import read_json, write_file, write_json
 from .fingerprints import of_base, plain_name
 from .methods import find_method
 
-MULTIHEAD = "TINYLORA_MTL_MULTIHEAD"
+MULTIHEAD, GALLERY = "TINYLORA_MTL_MULTIHEAD", "TINYLORA_MTL_GALLERY"  # types of those that are not plain LoRA
 PREFIX = "base_model.model."  # of every key in a PEFT adapter file
 BASE = "base_sha256"  # the entry in the tensors' file, not in PEFT's JSON, that says which base the adapter is for
 INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")  # of A and B; PiSSA and its kin change the base
@@ -30,7 +30,7 @@ UNREAD = ("task_type", "base_model_name_or_path", "target_modules", "exclude_mod
           "layers_pattern", "fan_in_fan_out", "inference_mode", "auto_mapping", "peft_version", "revision",
           "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config",
           "megatron_core", "qalora_group_size", "runtime_config")
-READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "method", "heads", "init_lora_weights",
+READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "method", "heads", "tasks", "init_lora_weights",
         "rank_pattern", "alpha_pattern", "bias")
 
 
@@ -52,9 +52,12 @@ def save_adapter(model, folder):
         "use_rslora": first.rank_stabilized, "target_modules": list(map(plain_name, adapters)), "bias": "none",
         "fan_in_fan_out": not isinstance(first.base, torch.nn.Linear), "inference_mode": True,
     }
-    if isinstance(first, MultiHeadLoRALinear):
+    if config.method != "lora":
+        on_z = first.head_dropout.p if isinstance(first, MultiHeadLoRALinear) else 0.0
         description |= {"peft_type": MULTIHEAD, "method": config.method, "heads": config.heads,
-                        "lora_dropout": first.dropout.p or first.head_dropout.p}
+                        "lora_dropout": first.dropout.p or on_z}
+    if "layer" in LAYERS[config.method]:
+        description |= {"peft_type": GALLERY, "tasks": list(config.tasks)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", description)
@@ -101,8 +104,8 @@ def load_adapter(model, folder):
 def read_description(description):
     """The AdapterConfig, but for its targets, in the dict of an adapter_config.json; what is not read is not used."""
     kind = description.get("peft_type")
-    if kind not in ("LORA", MULTIHEAD):
-        raise ValueError(f"its type is {kind!s:.60}, not LoRA or a multi-head adapter of this package")
+    if kind not in ("LORA", MULTIHEAD, GALLERY):
+        raise ValueError(f"its type is {kind!s:.60}, not LoRA or an adapter of this package")
     unsupported = [f"{key:.60}" for key, value in description.items() if value and key not in READ + UNREAD]
     if description.get("init_lora_weights") not in INITS:
         unsupported += ["init_lora_weights"]
@@ -122,11 +125,14 @@ def read_description(description):
     find_method(method)
     if not isinstance(method, str) or method not in LAYERS or (method == "lora") != (kind == "LORA"):
         raise ValueError(f"its method {method!r:.60} is none of its type's")
+    tasks = description.get("tasks") or []
+    if not isinstance(tasks, list) or len(tasks) > 1000 or not all(isinstance(name, str) for name in tasks):
+        raise ValueError(f"its tasks are {tasks!r:.60}, not a list of names")
     if not isinstance(stabilized, bool):
         raise ValueError(f"its use_rslora is {stabilized!r:.60}, not true or false")
     return AdapterConfig(method, number("r", 1, 4096, 8, int), number("lora_alpha", 0, 10 ** 6, 8),  # PEFT's defaults
                          number("lora_dropout", 0, 0.999, 0.0), number("heads", 1, 1024, 1, int),
-                         rank_stabilized=stabilized)
+                         tasks=tuple(tasks), rank_stabilized=stabilized)
 
 
 def read_tensors(file, config, description, model):

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..adapters import adapter_parameters
+from .adapter_files import adapter_tensors
 from .distributed import gather, process_rank
 from .files import write_file
 
@@ -74,8 +76,8 @@ def load_checkpoint(folder):
     return None
 
 
-def capture(state, progress):
-    """What a checkpoint of a TrainState and its Progress holds, for `restore`.
+def capture(state, progress, model):
+    """What a checkpoint of a TrainState, its Progress and the adapters' buffers in a model holds, for `restore`.
 
     All but the random states is the same in every process; of those the checkpoint has each one's.
     """
@@ -85,12 +87,13 @@ def capture(state, progress):
     random, *others = gather(random)
     return {"format": FORMAT, "step": state.step,
             "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
+            "buffers": adapter_buffers(model),
             "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(),
             "batches": state.batches.state_dict(), "random": random, "random_of_others": others} | asdict(progress)
 
 
 @torch.no_grad()
-def restore(content, state):
+def restore(content, state, model):
     """Put everything back where `capture` found it, in place; returns the Progress.
 
     ValueError, before anything is changed, if the checkpoint is not of these parameters.
@@ -98,14 +101,19 @@ def restore(content, state):
     try:
         progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
         shapes = {name: tensor.shape for name, tensor in content["adapter"].items()}
+        buffers = {name: tensor.shape for name, tensor in content.get("buffers", {}).items()}
         random = [content["random"], *content["random_of_others"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the newest checkpoint is no checkpoint of a run: {error} is missing") from error
     check_format(content, "the newest checkpoint")
-    if shapes != {name: parameter.shape for name, parameter in state.parameters.items()}:
+    own_buffers = adapter_buffers(model)
+    if shapes != {name: parameter.shape for name, parameter in state.parameters.items()} or buffers != {
+            name: buffer.shape for name, buffer in own_buffers.items()}:
         raise ValueError("the checkpoint is of another run: its adapter has other layers or shapes")
     for name, parameter in state.parameters.items():
         parameter.copy_(content["adapter"][name])
+    for name, buffer in own_buffers.items():
+        buffer.copy_(content["buffers"][name])
     state.step = content["step"]
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
@@ -115,6 +123,12 @@ def restore(content, state):
         if len(random[process_rank()].get("cuda", ())) == torch.cuda.device_count() > 0:  # else on other hardware
             torch.cuda.set_rng_state_all(random[process_rank()]["cuda"])
     return progress
+
+
+def adapter_buffers(model):
+    """{name: tensor} of what the adapters in a model keep beside their parameters; layers of the gallery do."""
+    parameters = adapter_parameters(model)
+    return {name: tensor for name, tensor in adapter_tensors(model).items() if name not in parameters}
 
 
 def open_metrics(folder, length):

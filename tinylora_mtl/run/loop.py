@@ -42,7 +42,7 @@ def run_steps(model, state, config, tasks, folder, progress, began, stop):
             stopping = max(gather(stop.number))  # asked once: a signal that comes after this is for the next step
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 progress.seconds, progress.metrics_bytes = time.perf_counter() - began, synced_length(metrics)
-                save_checkpoint(folder, capture(state, progress))
+                save_checkpoint(folder, capture(state, progress, model))
             if stopping:
                 break
     stop.wait = False

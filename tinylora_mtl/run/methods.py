@@ -1,6 +1,10 @@
-"""Methods beyond those of the core: one file each in `gallery/`, found by name."""
+"""Methods beyond those of the core: one file each, in `gallery/` and found by name, or anywhere and given by its path.
+
+A path is taken from the command line alone, never from a file: else a stranger's config.json could run his code.
+"""
 
 import importlib
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from .. import gallery
@@ -13,7 +17,32 @@ def find_method(name):
     """Make a method of the gallery known to the core, by the name of its file; nothing happens for any other name."""
     if name not in in_gallery() or name in METHODS:
         return
-    module = importlib.import_module(f"{gallery.__name__}.{name}")
+    register(name, importlib.import_module(f"{gallery.__name__}.{name}"))
+
+
+def typed_method(typed):
+    """The name of the method that a user typed: of a file, its own without .py, and from now on it is known by that.
+
+    ValueError for a file that is no method, or that has the name of another one.
+    """
+    if not typed.endswith(".py"):
+        return typed
+    path, name = Path(typed), Path(typed).stem
+    if not path.is_file():
+        raise ValueError(f"there is no file {typed}")
+    if name in METHODS or name in in_gallery():
+        raise ValueError(f"{typed} has the name of a method of this package; call it otherwise")
+    spec = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register(name, module)
+    return name
+
+
+def register(name, module):
+    """Put what a method's file has where the core looks for it."""
+    if not hasattr(module, "LR") or not (hasattr(module, "Layer") or hasattr(module, "gradients")):
+        raise ValueError(f"{module.__file__} is no method: it needs LR, and a class Layer or a function gradients")
     MINI_LR[name], GRADIENTS[name] = module.LR, getattr(module, "gradients", lora_gradients)
     if hasattr(module, "Layer"):
         LAYERS[name] = {"layer": module.Layer}

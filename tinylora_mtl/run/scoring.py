@@ -5,14 +5,17 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from ..adapters import find_adapters
 from ..config import TrainConfig, resolve
 from ..data.tasks import check_labels, load_tasks, own_name, require_samples, scored_samples, with_shots
 from ..evaluate import accuracy, generate_answers, is_right, normalize
 from ..evaluate import __doc__ as description
+from ..targets import unwrap
 from .adapter_files import load_adapter
 from .cli import Parser, run_command, whole
 from .distributed import merge, process_rank, world_size
 from .fingerprints import base_changes, check_not_trained_on, read_fingerprints
+from .methods import typed_method
 from .models import load_model, pick_length
 from .ranking import choose_answers
 from .samples import check_samples
@@ -24,9 +27,24 @@ WHAT_COMMONEST_IS = "commonest: what the commonest training answer gets, of task
 def task_answers(model, tokenizer, task, split, max_length, score):
     """The model's answers to a split of a task, a list of str."""
     samples = getattr(task, split)
+    tell_task(model, task)
     if score == "generate":
         return generate_answers(model, tokenizer, samples, max_length)
     return choose_answers(model, tokenizer, samples, task.labels, max_length)
+
+
+def tell_task(model, task):
+    """Tell the adapters that differ by task (those with `task_ids`) which one is asked.
+
+    ValueError for a task that they were not trained on.
+    """
+    for adapter in find_adapters(model).values():
+        if hasattr(adapter, "task_ids"):
+            names = unwrap(model).adapter_config.tasks
+            if task.name not in names:
+                raise ValueError(f"the adapter has something of its own for each of the tasks {', '.join(names)}, so it "
+                                 f"cannot answer task {task.name!r}")
+            adapter.task_ids = names.index(task.name)
 
 
 def task_accuracy(model, tokenizer, task, split="test", max_length=512, score="generate"):
@@ -127,6 +145,7 @@ def command(argv=None):
     parser = Parser("evaluate", description)
     parser.add_argument("--run", type=Path, help="a run folder of train: its adapter, model and settings are used")
     parser.add_argument("--adapter", type=Path, help="an adapter folder, for use without --run")
+    parser.add_argument("--method", default="", metavar="FILE.py", help="the run's method, if it is a file of yours")
     parser.add_argument("--model", help="mini, a folder, or a Hub name (default: the run's model, or mini)")
     parser.add_argument("--tasks", nargs="+", help="names or paths of tasks (default: the run's tasks, or mini)")
     parser.add_argument("--split", choices=["test", "validation"], help="samples to score (default: the run's; test)")
@@ -140,6 +159,7 @@ def command(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as in the run, or auto)")
     args = parser.parse_args(argv)
+    typed_method(args.method)
 
     run = read_config(args.run, finished=not args.adapter) if args.run else resolve(TrainConfig(args.model or "mini"))
     split, score = args.split or run.split, args.score or run.score

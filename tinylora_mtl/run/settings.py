@@ -11,7 +11,7 @@ from ..data.tasks import check_labels, is_path, require_samples
 from .checkpoint import check_format
 from .distributed import world_size
 from .files import read_json
-from .methods import find_method
+from .methods import find_method, in_gallery
 
 # In a resumed run: where, how fast and how safely it goes on.
 MAY_DIFFER = ("device", "gradient_checkpointing", "compile", "checkpoint_every", "skip_bad_steps")
@@ -64,7 +64,8 @@ def check(config):
             raise ValueError(f"{flag} must be {'a list of names' if item.type is tuple else item.type.__name__}, "
                              f"got {value!r:.60}")
         if choices and value not in choices:
-            raise ValueError(f"unknown {item.name} {value!r}; there are: {', '.join(choices)}")
+            there = dict.fromkeys([*choices, *(in_gallery() if item.name == "method" else ())])
+            raise ValueError(f"unknown {item.name} {value!r}; there are: {', '.join(there)}")
         if item.type is int:
             low, high = LEAST.get(item.name, 1), MOST.get(item.name, 2 ** 63 - 1 if item.name == "seed" else 10 ** 9)
             if not low <= value <= high:

@@ -30,6 +30,7 @@ from .distributed import gather, merge, process_group, process_rank, world_size
 from .files import read_json, write_json
 from .folder import open_run
 from .loop import run_steps
+from .methods import typed_method
 from .models import load_model, pick_length
 from .samples import check_samples
 from .scoring import (WHAT_COMMONEST_IS, accuracies, average, average_interval, commonest, say_part, table,
@@ -60,7 +61,7 @@ def run(config, resuming=False, stop=None, before=None):
                    "samples": counts} | describe(config, model, tasks, device)
         content = load_checkpoint(folder) if resuming else None
         if content:
-            progress = restore(content, state)
+            progress = restore(content, state, model)
         else:
             progress = Progress(before or accuracies(model, tokenizer, scored, *scoring))
         if resuming:
@@ -103,7 +104,7 @@ def resume(folder):
 def prepare(config, model, tokenizer, tasks):
     """Put a run's adapters into its model; returns the TrainState at the first step."""
     torch.manual_seed(config.seed)
-    add_adapters(model, adapter_config(config))
+    add_adapters(model, replace(adapter_config(config), tasks=tuple(task.name for task in tasks)))
     if process_rank() > 0:  # from the same start, every process has dropout masks of its own
         torch.manual_seed(config.seed + process_rank())
     if config.gradient_checkpointing:
@@ -198,6 +199,8 @@ def parse(argv=None):
     parser.add_argument("--print-config", action="store_true", help="print all settings in force, and end")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
+    if "method" in given:
+        given["method"] = typed_method(given["method"])
     folder, only_print = given.pop("resume"), given.pop("print_config")
     if folder == "auto":
         if not given.get("out"):
