@@ -133,3 +133,27 @@ def test_main_works_from_a_notebook_and_a_plain_module():
     """No global state: adapters can be added to a model by hand, beside `run`."""
     model, _, _ = load_model("mini", "cpu")
     assert len(add_adapters(model, AdapterConfig("rlora"))) == 3 * model.config.num_hidden_layers
+
+
+def test_a_recipe_sets_what_the_paper_s_script_sets_and_each_field_can_be_another(capsys):
+    config, resuming, _ = training.parse(["--recipe", "rlora-paper", "--model", "mini", "--rank", "2"])
+    expected = {"model": "mini", "method": "rlora", "rank": 2, "alpha": 32, "dropout": 0.1, "heads": 5, "lr": 2e-4,
+                "batch_size": 96, "accumulation": 16, "warmup": 0.03}
+    assert {name: getattr(config, name) for name in expected} == expected and not resuming
+    assert tuple(config.targets) == ("gate_proj", "up_proj", "down_proj")
+    note, _, printed = capsys.readouterr().out.partition("\n")
+    assert note.startswith("rlora-paper: not known of it: steps") and json.loads(printed)["alpha"] == 32
+    align, _, _ = training.parse(["--recipe", "align-paper", "--resume", "auto", "--out", "nowhere"])
+    assert (align.model, align.rank, align.align_weight, align.batch_size) == ("Qwen/Qwen2.5-7B", 8, 0.2, 50)
+    for flags, message in ((["--recipe", "x"], "there are: rlora-paper, align-paper"),
+                           (["--recipe", "rlora-paper", "--resume", "runs/x"], "leave --recipe out")):
+        with pytest.raises(ValueError, match=message):
+            training.parse(flags)
+
+
+@pytest.mark.parametrize("name", ["rlora-paper", "align-paper"])
+def test_a_recipe_runs_on_the_embedded_model(tmp_path, name):
+    config, _, _ = training.parse(["--recipe", name, "--model", "mini", "--steps", "2", "--tasks", "navigate",
+                                   "web_of_lies", "--dtype", "float32", "--score-samples", "5", "--device", "cpu",
+                                   "--out", str(tmp_path / "run")])
+    assert training.run(config)["trainable_parameters"] > 0

@@ -32,6 +32,7 @@ from .folder import open_run
 from .loop import run_steps
 from .methods import typed_method
 from .models import load_model, pick_length
+from .recipes import RECIPES, recipe
 from .samples import check_samples
 from .scoring import (WHAT_COMMONEST_IS, accuracies, average, average_interval, commonest, say_part, table,
                       task_accuracy)
@@ -196,18 +197,26 @@ def parse(argv=None):
     parser = Parser("train", description)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, which has its settings; "
                         "auto: go on with the run in --out if there is one, otherwise start it")
+    parser.add_argument("--recipe", metavar="NAME", help="the settings of a paper's own script, each of which another "
+                        f"flag overrides: {', '.join(RECIPES)}")
     parser.add_argument("--print-config", action="store_true", help="print all settings in force, and end")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     if "method" in given:
         given["method"] = typed_method(given["method"])
-    folder, only_print = given.pop("resume"), given.pop("print_config")
+    folder, only_print, name = given.pop("resume"), given.pop("print_config"), given.pop("recipe")
+    if name:
+        if folder not in (None, "auto"):
+            raise ValueError("--resume goes on with the settings that the run has; leave --recipe out")
+        given = recipe(name) | given
     if folder == "auto":
         if not given.get("out"):
             raise ValueError("--resume auto needs --out, the folder to look in")
         begun, = gather((Path(given["out"]) / "config.json").is_file())[:1]  # the first process says it for all
         folder = given["out"] if begun else None
     config, resuming = (TrainConfig(**given), False) if folder is None else (resume_config(folder, **given), True)
+    if name and not resuming and not only_print:
+        print(json.dumps(asdict(resolve(config)), indent=2))
     return config, resuming, only_print
 
 
