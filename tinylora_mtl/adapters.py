@@ -77,12 +77,12 @@ def save_with_warning(model, *args, **options):
 def make_adapter(base, config):
     """The adapter that a config asks for, around one linear layer."""
     method = LAYERS[config.method]
+    if not 0 <= (config.dropout or 0) < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
     if "layer" in method:  # of the gallery: a class that takes its settings from the config itself
         return method["layer"](base, config)
     dropout = method["dropout"] if config.dropout is None else config.dropout
     stabilized = method["rank_stabilized"] if config.rank_stabilized is None else config.rank_stabilized
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     if config.method == "lora":
         return LoRALinear(base, config.rank, config.alpha, dropout, stabilized)
     on_x, on_z = (0.0, dropout) if config.method in ("rlora", "mlora") else (dropout, 0.0)

@@ -7,9 +7,8 @@ Changes from LoRA: each task t, which the layer has to be told, has its own θ_t
 
 τ = 0 trains every task by itself, a large τ one LoRA for all. A is Kaiming-uniform, B zero, every θ_t a copy of them:
 the layer starts as its base. Once a task is told, it merges for that task.
-
-The norm is squared as in the paper, not as in its code. The paper adds losses up over all samples, here L_task is their
-mean, so τ is the paper's divided by their number. TAU and LR are this project's choice. Source: arXiv 2407.15857.
+The norm is squared as in the paper, not as in its code; L_task is a mean, so τ is the paper's divided by the number of
+samples. TAU and LR are this project's choice. Source: arXiv 2407.15857.
 """
 
 import torch
@@ -48,6 +47,7 @@ class Layer(LoRALinear):
 
 
 def gradients(model, batch, config):
+    """L of the step, and how far the tasks are apart: Σ ‖θ_t - Θ‖²."""
     layers = list(find_adapters(model).values())
     for layer in layers:
         layer.task_ids = batch["task_ids"].to(layer.task_A.device)

@@ -5,12 +5,9 @@ and training goes on.
 
     y = W x + b + s · (M ∘ B) A x
 
-It merges, with M ∘ B for B. In the authors' code the two stages are two runs, each with its own schedule; here they are
-the halves of one, and the optimiser's moments and the falling learning rate go on. So masked entries of B may move a
-little, but M keeps them out.
-
-Source: arXiv 2504.07448 and its code (a sparsity of 90 %, one threshold for all layers). The default rate is this
-project's choice.
+It merges, with M ∘ B for B. In the authors' code the stages are two runs, each with its own schedule; here they are the
+halves of one, and the optimiser's moments and the falling learning rate go on. Masked entries of B may move, but M
+keeps them out. Source: arXiv 2504.07448 and its code (90 % sparse, one threshold for all layers). LR: this project's.
 """
 
 import torch
@@ -44,6 +41,7 @@ class Layer(lori.Layer):
 
 @torch.no_grad()
 def keep_the_largest(layers):
+    """Make the masks, and set B to zero."""
     sizes = torch.cat([layer.lora_B.weight.abs().flatten() for layer in layers])
     threshold = sizes.sort(descending=True).values[int(KEPT * len(sizes))]
     for layer in layers:
@@ -52,6 +50,7 @@ def keep_the_largest(layers):
 
 
 def gradients(model, batch, config):
+    """LoRA's, with the masks made half way."""
     layers = list(find_adapters(model).values())
     if int(layers[0].steps) == config.steps // 2 * config.accumulation:
         keep_the_largest(layers)

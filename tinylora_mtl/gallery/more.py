@@ -11,8 +11,7 @@ this line is never reached, so that their ranks stay as they were drawn. e_t [d_
 nn.Linear, B zero: the layer starts as its base. Once a task is told, it merges for that task.
 
 Left out: the contrastive loss between samples and e_t (its weight is 0.1 in the paper, known here only from a summary),
-the sampling of tasks by size, and the factors (i + 1)/8 of the code, which the paper does not have.
-Source: arXiv 2505.22694. The default rate is this project's choice.
+the sampling of tasks by size, the factors (i + 1)/8 of the code. Source: arXiv 2505.22694. LR is this project's choice.
 """
 
 import torch
@@ -55,6 +54,7 @@ class Layer(LoRALinear):
 
 
 def gradients(model, batch, config):
+    """LoRA's, with the tasks told."""
     for adapter in find_adapters(model).values():
         adapter.task_ids = batch["task_ids"].to(adapter.tasks.device)
     return lora_gradients(model, batch, config)

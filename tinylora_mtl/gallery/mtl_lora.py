@@ -53,6 +53,7 @@ class Layer(LoRALinear):
 
 
 def gradients(model, batch, config):
+    """LoRA's, with the tasks told."""
     for adapter in find_adapters(model).values():
         adapter.task_ids = batch["task_ids"].to(adapter.mixture.device)
     return lora_gradients(model, batch, config)

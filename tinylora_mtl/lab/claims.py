@@ -58,8 +58,9 @@ VARIANTS = {
     "rlora_released": {"method": "rlora_released"},  # as in the released code: `gallery/rlora_released.py`
     "mlora": {"method": "mlora", "match": "heads"},
     "mlora_mean": {"method": "mlora", "match": "heads", "alpha": lambda base, own: base.alpha / own.heads},
-    "mlora_zero": {"method": "mlora", "zero_start": True, "match": "heads"},
-    "mlora_released": {"method": "mlora_released", "match": "heads"},
+    "mlora_heads": {"method": "mlora"},  # with as many heads as R-LoRA: n of them start at a mean cosine of -1/(n - 1)
+    "mlora_zero": {"method": "mlora", "zero_start": True},
+    "mlora_released": {"method": "mlora_released"},
     "align_kl": {"method": "align", "align": "kl", "match": "rank"},
     "align_mmd": {"method": "align", "align": "mmd", "match": "rank"},
     "align_shuffled": {"method": "align", "align": "kl", "shuffle_groups": True, "match": "rank"},
@@ -136,13 +137,13 @@ def declare(sample_counts):
         yield beside(meta, honest)
 
     def starts():  # the router (M-LoRA has none) against the start of the heads; R-LoRA's dropout is in all of them
-        pairs = {"": (mlora, rlora), "zero": (Group("mlora_zero"), dropout),
+        pairs = {"": (Group("mlora_heads"), rlora), "zero": (Group("mlora_zero"), dropout),
                  "released": (Group("mlora_released"), Group("rlora_released"))}
-        for without, routed in pairs.values():
-            decides = without is mlora
+        for start, (without, routed) in pairs.items():
+            decides = not start  # the papers'
             yield Comparison(without, routed, "cosine", decides=decides)
             yield Comparison(without, NEAR_COPIES, "cosine", decides=decides)
-            yield beside(routed, NEAR_COPIES, "cosine")
+            yield Comparison(routed, NEAR_COPIES, "cosine", claimed=-1, decides=decides)
         for start in ("zero", "released"):
             for one, usual in zip(pairs[start], pairs[""]):
                 yield beside(one, usual, "cosine")

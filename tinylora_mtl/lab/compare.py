@@ -76,27 +76,33 @@ def rates_of(plan, run, rows):
 
 
 def read_rows(plan, runs):
-    """{name: row} of the runs that are in the comparison's rows.jsonl; ValueError if they are of other conditions.
+    """{name: row} of the runs that are in the comparison's rows.jsonl, with all that the claims need of them.
 
-    With this file alone, which is small, a comparison can be gone on with on another machine.
+    With this file alone, which is small, a comparison can be gone on with on another machine. ValueError if they are of
+    other conditions. A line that was not written to its end is passed over.
     """
-    file, conditions = plan.out / ROWS, json.loads(json.dumps(plan.shared_conditions()))
-    if not file.is_file():
+    file, conditions, found = plan.out / ROWS, json.loads(json.dumps(plan.shared_conditions())), {}
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[row.get("name")] = row  # the conditions have none
+    for name, value in conditions.items() if None in found else ():
+        if found[None].get(name) != value:
+            raise ValueError(f"{file} holds runs with {name} {found[None].get(name)!s:.60}, and this comparison has "
+                             f"{value!s:.60}; name another --out")
+    if None not in found:
         files.make_folder(plan.out)
         append_line(file, conditions)
-    had, *rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for name, value in conditions.items():
-        if had.get(name) != value:
-            raise ValueError(f"{file} holds runs with {name} {had.get(name)!s:.60}, and this comparison has "
-                             f"{value!s:.60}; name another --out")
-    found = {row["name"]: row for row in rows if "name" in row}  # two that began at once both wrote conditions
-    return {run.name: found[run.name] for run in runs if run.name in found}
+    needs = {run.name: set() if run.tried else plan.groups[run.group] - {"accuracy", "adapted"} for run in runs}
+    return {name: found[name] for name, wanted in needs.items() if name in found and wanted <= set(found[name])}
 
 
 def append_line(file, content):
     """Add a line of JSON to a file, in one piece, for others may add to it at the same time."""
     with open(file, "ab", buffering=0) as stream:
-        stream.write(json.dumps(content).encode() + b"\n")
+        stream.write(b"\n" + json.dumps(content).encode() + b"\n")  # also after a line that has no end
 
 
 def carry_out(plan, run, rates, stop):
@@ -120,7 +126,8 @@ def carry_out(plan, run, rates, stop):
                     results = training.run(config_on, resuming=True, stop=stop)
                 else:
                     results = training.run(config, stop=stop, before=plan.before.get(base))
-                inside = look_inside(plan, folder, run.seed, plan.groups[run.group]) if run.tried is None else {}
+                inside = look_inside(
+                    plan, folder, run.group.where, run.seed, plan.groups[run.group]) if run.tried is None else {}
         except cli.Stopped as stopped:
             raise cli.Stopped(stopped.number, "the same command goes on from here") from stopped
     plan.before[base] = results["before"]
@@ -161,22 +168,23 @@ def refuse_another(folder, had, config):
                              f"has {value}; name another --out")
 
 
-def look_inside(plan, folder, seed, wanted):
+def look_inside(plan, folder, where, seed, wanted):
     """What the comparisons need of a finished run beyond its results, kept in measures.json: nothing is done twice."""
     wanted, file = wanted & {"cosine", "distance", "moved", "unseen", "bits"}, folder / "measures.json"
+    trained = plan.samples_of(plan.task_sets[where], seed)  # the folder may have been moved, with its tasks
     found = files.read_json(file) if file.is_file() else {}
     unseen = plan.samples_of(plan.held_out, seed) if "unseen" in wanted else []
     if wanted <= set(found) and (not unseen or list(found["unseen_tasks"]) == list(map(own_name, unseen))):
         return found
     if wanted & {"unseen", "bits"}:
-        config, tasks, model, tokenizer = open_finished(folder, plan.base.device)
+        config, tasks, model, tokenizer = open_finished(folder, plan.base.device, trained)
         bits = target_bits(model, tokenizer, scored_samples(tasks, "test", config.score_samples), config.max_length)
         found |= {"bits_of": bits, "bits": scoring.average(bits)}
     if unseen:
         unseen = scored_samples(load_tasks(unseen), "test", config.score_samples)
         scores = scoring.accuracies(model, tokenizer, unseen, "test", config.max_length, config.score)
         found |= {"unseen_tasks": scores, "unseen": scoring.average(scores)}
-    layers = inspect_run(folder, plan.base.device)[0]["layers"] if wanted - {"unseen", "bits"} else []
+    layers = inspect_run(folder, plan.base.device, trained)[0]["layers"] if wanted - {"unseen", "bits"} else []
     if wanted & {"distance", "moved"}:
         found |= {name: mean(layer[name] for layer in layers) for name in ("distance", "distance_start")}
         found["moved"] = found["distance"] - found["distance_start"]

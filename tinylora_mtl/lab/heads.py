@@ -27,10 +27,13 @@ from .pictures import draw_heads
 SAMPLES = 50  # validation samples of each task whose features are looked at
 
 
-def open_finished(folder, device="auto"):
-    """(config, tasks, model with the trained adapter, tokenizer) of a run folder; ValueError if it is not finished."""
+def open_finished(folder, device="auto", tasks=None):
+    """(config, tasks, model with the trained adapter, tokenizer) of a run folder; ValueError if it is not finished.
+
+    tasks: where its tasks are now, if they have been moved.
+    """
     config = settings.read_config(folder, finished=True)
-    tasks = load_tasks(config.tasks)
+    tasks = load_tasks(tasks or config.tasks)
     require_samples(tasks, "validation")
     model, tokenizer, _ = models.load_model(config.model, device, config.dtype)
     stored = fingerprints.read_fingerprints(folder)
@@ -124,9 +127,9 @@ def principal_components(features):
     return u[:, :2] * s[:2], owner, (s.square() / s.square().sum())[:2].tolist()
 
 
-def inspect_run(folder, device="auto"):
-    """(what heads.json holds, what `draw_heads` needs beside it) of a finished run."""
-    config, tasks, model, tokenizer = open_finished(folder, device)
+def inspect_run(folder, device="auto", tasks=None):
+    """(what heads.json holds, what `draw_heads` needs beside it) of a finished run; tasks: as in `open_finished`."""
+    config, tasks, model, tokenizer = open_finished(folder, device, tasks)
     adapters, names = find_adapters(model), [task.name for task in tasks]
 
     def state():  # of the adapters that are in the model

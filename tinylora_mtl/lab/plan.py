@@ -17,15 +17,17 @@ so eight seeds are to give intervals of about ± 0.4 points.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .. import __version__
 from ..adapters import adapter_parameters, add_adapters, remove_adapters
 from ..config import TrainConfig, adapter_config, resolve
 from ..data.embedded import LANGUAGES
-from ..data.tasks import EMBEDDED, TASK_SETS, check_labels, embedded_samples, load_tasks, require_samples
+from ..data.tasks import EMBEDDED, TASK_SETS, check_labels, embedded_samples, load_tasks, own_name, require_samples
 from ..run import files, models, settings
 from ..run.methods import find_method
 from .claims import VARIANTS, Group, declare, few_of
@@ -98,7 +100,7 @@ class Plan:
         """What the search tries for a group: [(lr,), ...], or for MeTA-LoRA, of fewer rates, [(lr, inner_lr), ...]."""
         if VARIANTS[group.method]["method"] != "meta":
             return [(lr,) for lr in self.rates]
-        return [(lr, inner_lr) for inner_lr in INNER_RATES for lr in sorted(self.rates)[1:-1] or self.rates]
+        return [(lr, inner_lr) for inner_lr in INNER_RATES for lr in self.rates[1:-1] or self.rates]
 
     def searched(self, group):
         """The group whose learning rate a group takes: of the same variant, with all or with few samples.
@@ -116,10 +118,18 @@ class Plan:
     def task_folder(self, name, seed):
         """The folder of an embedded task with other samples, a split a file, which is written if it is not there."""
         folder = self.out / "tasks" / f"seed{seed}" / name
-        for split, samples in ({} if (folder / "test.jsonl").is_file() else embedded_samples(name, seed)).items():
-            files.make_folder(folder)  # the test samples come last
-            lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in samples]
-            files.write_file(folder / f"{split}.jsonl", "\n".join(lines).encode())
+        if not folder.is_dir():
+            files.make_folder(folder.parent)
+            with TemporaryDirectory(dir=folder.parent) as own:  # whole or not at all: others may need it too
+                files.make_folder(Path(own) / name)
+                for split, samples in embedded_samples(name, seed).items():
+                    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in samples]
+                    files.write_file(Path(own) / name / f"{split}.jsonl", "\n".join(lines).encode())
+                try:
+                    os.rename(Path(own) / name, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was first
+                        raise
         return folder
 
     def config(self, run, rates):
@@ -192,10 +202,12 @@ def make_plan(args, command=""):
     preset_settings = {name: preset[name] for name in ("steps", "batch_size", "score_samples")}
     base = TrainConfig(**{"rank": 4} | preset_settings | given)
     settings.check(base)
-    held_out = args.held_out or (preset["held_out"] if mini and not args.tasks else [])
-    tasks, languages = ([name for given in names for name in TASK_SETS.get(given, [given])] for names in (
-        args.tasks or preset["tasks"], args.languages or (["mini-multilingual"] if mini else [])))
-    tasks = [name for name in tasks if name not in held_out]
+    tasks, languages, held_out = ([name for given in names for name in TASK_SETS.get(given, [given])] for names in (
+        args.tasks or preset["tasks"], args.languages or (["mini-multilingual"] if mini else []),
+        args.held_out or (preset["held_out"] if mini and not args.tasks else [])))
+    tasks = [name for name in tasks if own_name(name) not in map(own_name, held_out)]
+    if not tasks:
+        raise ValueError("no task is left to train on: all are held out")
     sample_counts = sorted(set(args.samples or SAMPLE_COUNTS))
     if len(sample_counts) < 2 or sample_counts[0] > 50:
         raise ValueError("--samples needs at least two sizes, the smallest at most 50")
@@ -208,10 +220,12 @@ def make_plan(args, command=""):
             numbers.remove(number)
     out = args.out or f"runs/compare{'' if mini else f'-{Path(args.model).name}'}-{args.preset}"
     plan = Plan(base, {"tasks": tasks, "languages": languages}, held_out, sample_counts,
-                args.rates or (preset["rates"] if mini else RATES), SEARCH_SEEDS[:preset["search_seeds"]],
+                sorted(set(args.rates or (preset["rates"] if mini else RATES))), SEARCH_SEEDS[:preset["search_seeds"]],
                 args.seeds or preset["seeds"],
                 [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command)
-    loaded = {where: load_tasks(names) for where, names in plan.task_sets.items() if names}
+    for rate in plan.rates:
+        settings.check(replace(base, lr=rate))
+    loaded = {where: load_tasks(names, sample_counts[-1]) for where, names in plan.task_sets.items() if names}
     for run in plan.runs():
         if run.group.where != "cost" and run.seed in (plan.search_seeds[0], 0):
             settings.check_sizes(plan.config(run, run.tried or plan.rates[:1]), loaded[run.group.where])

@@ -87,7 +87,7 @@ def conditions_text(results):
     shared = results["conditions"]
 
     def trained(where):
-        names = [Path(task).stem for task in shared[where]]
+        names = [Path(task).name.removesuffix(".jsonl") for task in shared[where]]
         return f"{shared['batch_size'] // len(names) * len(names)} samples", ", ".join(names)  # of each task as many
     samples, names = trained("tasks")
     if any(run["where"] == "languages" for run in results["runs"]):
@@ -130,11 +130,11 @@ def run_table(results):
     for row in results["runs"]:
         if not row["search"] and row["where"] != "cost":
             groups.setdefault((row["method"], row["where"], row["samples"]), []).append(row)
-    edges = {(rate["method"], rate["where"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
+    edges = {(rate["method"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
     for (method, where, samples), runs in groups.items():
         first, accuracies = runs[0], [100 * run["average_after"] for run in runs]
         heads = first["heads"] if any(kind in method for kind in ("hydra", "rlora", "mlora")) else "-"
-        edge, skipped = "*" if (method, where, first["lr"]) in edges else "", sum(run["skipped_steps"] for run in runs)
+        edge, skipped = "*" if (method, first["lr"]) in edges else "", sum(run["skipped_steps"] for run in runs)
         rows.append([
             method, where, samples, f"{first['samples_seen']:,}", first["rank"], heads,
             f"{first['trainable_parameters']:,}", f"{first['lr']:g}{edge}" + (
@@ -144,7 +144,7 @@ def run_table(results):
     head = ["method", "trained on", "samples per task", "samples seen", "rank", "heads", "parameters", "learning rate",
             "accuracy, mean ± sd over seeds", "seconds a run"]
     return (f"{markdown_table(head, rows)}\n\nLearning rates were chosen for each method on validation samples, with "
-            "seeds of their own; * marks the smallest or largest of those tried. Runs with fewer samples than all, and "
+            "seeds of their own; * marks the smallest or largest of more than two. Runs with fewer samples than all, and "
             f"all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} samples. "
             "Parameters are those that train.")
 
@@ -153,7 +153,7 @@ def task_table(results):
     """A row for each group of runs with all samples, a column for each task: mean ± standard deviation over seeds."""
     tables = []
     for where in ("tasks", "languages"):
-        names, rows = [Path(task).stem for task in results["conditions"][where]], {}
+        names, rows = [Path(task).name.removesuffix(".jsonl") for task in results["conditions"][where]], {}
         for run in results["runs"]:
             if (run["search"], run["where"], run["samples"] if "samples" in run else 0) == (
                     False, where, results["conditions"]["sizes"][-1]):
@@ -168,7 +168,7 @@ def task_table(results):
 
 def machine_text(results):
     """What the runs were done on, in a sentence."""
-    counts = Counter(run["on"] for run in results["runs"] if "on" in run)
+    counts = Counter(run.get("on", "a machine that is not named") for run in results["runs"])
     return textwrap.fill("Done on: " + "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
                          + f"; version {results['conditions'].get('version', '0.1')} of this package.", 120)
 

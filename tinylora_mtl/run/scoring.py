@@ -170,7 +170,7 @@ def command(argv=None):
         check_not_trained_on(args.run, [own_name(name) for name in run.tasks], tasks, split)
     if args.shots:
         tasks = [with_shots(task, split, args.shots) for task in tasks]
-    scored = scored_samples(tasks, split, args.score_samples or run.score_samples)
+    scored = scored_samples(tasks, split, args.score_samples or resolve(run).score_samples)
     common = commonest(scored, split)
     model, tokenizer, _ = load_model(args.model or run.model, args.device, args.dtype or run.dtype)
     max_length = pick_length(model, args.max_length or run.max_length)

@@ -77,6 +77,8 @@ def check(config):
         raise ValueError(f"--align-weight must be at least 0, got {config.align_weight!s:.20}")
     if not 0 <= config.warmup <= 1:
         raise ValueError(f"--warmup must be from 0 to 1, got {config.warmup}")
+    if config.zero_start and config.method not in ("rlora", "mlora"):
+        raise ValueError(f"--zero-start is for rlora and mlora, not for {config.method}")
     if config.compile and config.method == "align":
         raise ValueError("--compile does not go with --method align: compiled code may pass over the hooks that "
                          "collect the features")
