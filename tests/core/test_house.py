@@ -1,6 +1,7 @@
 """Who may import whom, and how long a file may be: the core can be read as a book, without the rooms beside it."""
 
 import ast
+import subprocess
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_files_are_short():
     core = {path: count for path, count in lines.items() if room_of(path) == "core"}
     assert {path: count for path, count in lines.items() if count > (150 if path in core else 300)} == {}
     assert sum(core.values()) <= 1250
+
+
+def test_what_is_run_with_m_is_not_imported_before():
+    """Else Python has two copies of it, warns of that, and a method registered in one is unknown in the other."""
+    program = ("import sys, tinylora_mtl; print([name for name in ('train', 'evaluate') "
+               "if f'tinylora_mtl.{name}' in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[]\n", done

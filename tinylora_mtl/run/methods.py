@@ -10,7 +10,6 @@ from pathlib import Path
 from .. import gallery
 from ..adapters import LAYERS
 from ..config import METHODS, MINI_LR
-from ..train import GRADIENTS, lora_gradients
 
 
 def find_method(name):
@@ -41,6 +40,7 @@ def typed_method(typed):
 
 def register(name, module):
     """Put what a method's file has where the core looks for it."""
+    from ..train import GRADIENTS, lora_gradients  # here: the package imports this file before `python -m` runs train
     if not hasattr(module, "LR") or not (hasattr(module, "Layer") or hasattr(module, "gradients")):
         raise ValueError(f"{module.__file__} is no method: it needs LR, and a class Layer or a function gradients")
     MINI_LR[name], GRADIENTS[name] = module.LR, getattr(module, "gradients", lora_gradients)
