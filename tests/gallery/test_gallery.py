@@ -103,6 +103,20 @@ def test_lori_sparse_keeps_a_tenth_of_all_layers_together():
     close(x @ layers[0].delta().T, layers[0](x) - layers[0].base(x))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_lori_makes_its_masks_half_way(parts):
+    model, batch = make_llama(), make_batch(each=4)
+    adapters = add_adapters(model, AdapterConfig("lori_sparse", rank=4)).values()
+    config = TrainConfig(method="lori_sparse", steps=4, batch_size=12, accumulation=parts)
+    optimizer, kept = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        gradients_for(config)(model.train(), batch, config)
+        optimizer.step()
+        kept.append(torch.cat([adapter.mask.flatten() for adapter in adapters]).mean().item())
+    assert kept == pytest.approx([1, 1, 0.1, 0.1], abs=0.002)
+
+
 def test_smora_is_its_equation_and_evens_out_its_load():
     made = layer(smora, rank=4, heads=2).eval()
     made.load_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))
