@@ -18,7 +18,7 @@ from ..lora import branch_precision
 from ..train import lora_gradients
 from . import lori
 
-LR, KEPT = 1e-2, 0.1
+LR, KEPT = 3e-2, 0.1
 
 
 class Layer(lori.Layer):
