@@ -88,6 +88,11 @@ def test_files_are_short():
     assert sum(core.values()) <= 1250
 
 
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_line_is_longer_than_120_characters(path):
+    assert [line for line in (PACKAGE / path).read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+
+
 def test_what_is_run_with_m_is_not_imported_before():
     """Else Python has two copies of it, warns of that, and a method registered in one is unknown in the other."""
     program = ("import sys, tinylora_mtl; print([name for name in ('train', 'evaluate') "

@@ -94,7 +94,8 @@ def test_lori_sparse_keeps_a_tenth_of_all_layers_together():
         layers[1].lora_B.weight.mul_(0.01)  # whose largest are smaller than the other's smallest tenth
     largest = layers[0].lora_B.weight.abs().flatten().topk(20).indices
     lori_sparse.keep_the_largest(layers)
-    assert layers[0].mask.sum() == 20 and set(layers[0].mask.flatten().nonzero()[:, 0].tolist()) == set(largest.tolist())
+    kept = layers[0].mask.flatten().nonzero()[:, 0]
+    assert len(kept) == 20 and set(kept.tolist()) == set(largest.tolist())
     assert not layers[1].mask.any() and not layers[0].lora_B.weight.any()
     with torch.no_grad():
         layers[0].lora_B.weight.fill_(1.0)
@@ -252,6 +253,20 @@ def test_it_comes_back_from_its_files_and_merges_or_says_why_not(tmp_path, metho
     else:
         merge_adapters(model)
         torch.testing.assert_close(label_logits(model, batch)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(BY_TASK))
+def test_it_merges_only_for_a_task_that_was_named(method):
+    """Not for whatever the last batch held, even if that was one sample."""
+    model = make_llama()
+    adapters = add_adapters(model, AdapterConfig(method, rank=2, tasks=("a", "b"))).values()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for told in (None, torch.tensor([1])):
+        for adapter in adapters:
+            adapter.task_ids = told
+        with pytest.raises(ValueError, match="tell the layer which one"):
+            merge_adapters(model)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("method", sorted(BY_TASK))

@@ -1,16 +1,12 @@
 """R-LoRA and M-LoRA as the released code starts them: the start, the function, and the files."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from conftest import TINY, Killed, at_step, kill
 from torch import nn
 
 from tinylora_mtl.adapters import AdapterConfig, adapter_parameters, add_adapters, merge_adapters
 from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.gallery import mlora_released, rlora_released
-from tinylora_mtl.run import scoring, training
 from tinylora_mtl.run.adapter_files import load_adapter, save_adapter
 from tinylora_mtl.run.methods import find_method, in_gallery
 from tinylora_mtl.run.models import load_model
@@ -85,18 +81,6 @@ def test_a_file_holds_the_start_too(tmp_path, method):
     else:
         with pytest.raises(ValueError, match="routed"):
             merge_adapters(model)
-
-
-@pytest.mark.parametrize("method", ["rlora_released", "mlora_released"])
-def test_a_run_trains_it_goes_on_with_it_and_is_scored(tmp_path, method):
-    """As any other method, by its name; what `evaluate` finds of the files is what the run found."""
-    config = TrainConfig(method=method, **TINY | {"out": str(tmp_path / "run"), "steps": 4, "checkpoint_every": 2})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 3, kill)
-        training.run(config)
-    results = training.resume(tmp_path / "run")
-    again = training.run(replace(config, out=str(tmp_path / "whole")))
-    assert results["after"] == again["after"] == scoring.command(["--run", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_the_gallery_is_found_by_name_alone():

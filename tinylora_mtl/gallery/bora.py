@@ -1,12 +1,12 @@
 """BoRA, Bayesian hierarchical LoRA: a LoRA for each task, all drawn towards a common mean.
 
-Changes from LoRA: each task t, which the layer has to be told, has its own θ_t with the prior 𝒩(Θ, 1/τ); Θ trains too.
+Changes from LoRA: each task t, which the layer has to be told, has its own θ_t = (A_t, B_t), with the prior 𝒩(Θ, 1/τ).
 
     y = W x + b + s · B_t A_t drop(x),     s = alpha / r
     L = L_task + τ/2 · Σ_layers Σ_t ‖θ_t - Θ‖²
 
-τ = 0 trains every task by itself, a large τ one LoRA for all. A is Kaiming-uniform, B zero, every θ_t a copy of them:
-the layer starts as its base. Once a task is told, it merges for that task.
+Θ = (A, B) trains too; τ = 0 trains every task by itself, a large τ one LoRA for all. A is Kaiming-uniform, B zero,
+every θ_t a copy of them: the layer starts as its base. Once a task is told, it merges for that task.
 The norm is squared as in the paper, not as in its code; L_task is a mean, so τ is the paper's divided by the number of
 samples. TAU and LR are this project's choice. Source: arXiv 2407.15857.
 """
@@ -52,8 +52,8 @@ def gradients(model, batch, config):
     for layer in layers:
         layer.task_ids = batch["task_ids"].to(layer.task_A.device)
     loss = label_loss(model, batch)
-    apart = sum((layer.task_A - layer.lora_A.weight).square().sum() + (layer.task_B - layer.lora_B.weight).square().sum()
-                for layer in layers)
+    apart = sum((own - mean.weight).square().sum() for layer in layers
+                for own, mean in ((layer.task_A, layer.lora_A), (layer.task_B, layer.lora_B)))
     labels = (batch["labels"][:, 1:] != NO_LABEL).sum()
     share = float(labels / batch.get("label_count", labels))  # of the step, if the batch is a part of it
     (loss + TAU / 2 * share * apart).backward()

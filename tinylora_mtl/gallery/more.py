@@ -5,11 +5,9 @@ each task how many of the r rows of A and columns of B it uses.
 
     y = W x + b + s · B[:, :r_t] A[:r_t] drop(x),     p_t = softmax(G e_t + g),     r_t = argmax p_t,     s = alpha / r
 
-The choice has no gradient. So the branch is multiplied by 1 + p - sg(p), p being the chosen probability and sg
-"without gradient": it changes no number, and gives the gate the gradient of p (straight-through). In the authors' code
-this line is never reached, so that their ranks stay as they were drawn. e_t [d_in] is 𝒩(0, 0.01²), G and g as in
-nn.Linear, B zero: the layer starts as its base. Once a task is told, it merges for that task.
-
+The choice has no gradient. So the branch is multiplied by 1 + p - sg(p), p the chosen probability and sg "without
+gradient": it gives the gate the gradient of p (straight-through). In the authors' code this line is never reached. e_t
+[d_in] is 𝒩(0, 0.01²), G and g as in nn.Linear, B zero: it starts as its base. Once told a task, it merges for that one.
 Left out: the contrastive loss between samples and e_t (its weight is 0.1 in the paper, known here only from a summary),
 the sampling of tasks by size, the factors (i + 1)/8 of the code. Source: arXiv 2505.22694. LR is this project's choice.
 """
@@ -50,6 +48,8 @@ class Layer(LoRALinear):
 
     @torch.no_grad()
     def delta(self):
+        if not isinstance(self.task_ids, int):
+            raise ValueError("each task has a weight of its own: tell the layer which one (`task_ids`)")
         return self.scaling * (self.lora_B.weight * self.gate()) @ self.lora_A.weight
 
 

@@ -5,9 +5,8 @@ Changes from LoRA: t is the task of the sample, which the layer has to be told, 
     y = W x + b + s · B_t Λ_t A drop(x),     B_t = Σ_i w_ti B_i,     w_t = softmax(M_t / τ),     s = alpha / r
 
 A is Kaiming-uniform, Λ_t [r, r] the identity, M [T, N] Kaiming-uniform, B_i zero: the layer starts as its base. All
-train. Once a task is told, it merges for that task. --heads is N (3 in the authors' script), τ is 0.1 as there.
-
-Source: arXiv 2410.09437 and its code, `mlora.py`. The default rate is this project's choice.
+train. Once a task is told, it merges for that task. --heads is N (3 in the authors' script), τ is 0.1 as there. Source:
+arXiv 2410.09437 and its code, `mlora.py`. The default rate is this project's choice.
 """
 
 import torch
@@ -48,6 +47,8 @@ class Layer(LoRALinear):
 
     @torch.no_grad()
     def delta(self):
+        if not isinstance(self.task_ids, int):
+            raise ValueError("each task has a weight of its own: tell the layer which one (`task_ids`)")
         matrix, B = self.of_task()
         return self.scaling * B @ matrix @ self.lora_A.weight
 

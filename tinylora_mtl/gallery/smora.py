@@ -5,9 +5,9 @@ Changes from LoRA: a router scores the r ranks for each token, and the k best ar
     y = W x + b + alpha/k · B (g ∘ A x'),     x' = drop(x),     q = sigmoid(R x') + β
     g_j = k · q_j / Σ_chosen q     for the k largest q_j, and 0 for the others
 
-A and R are Kaiming-uniform, B and β zero: the layer starts as its base. A, B and R train; β evens out the load by a rule
-instead of a loss: after each training pass it grows by 1e-5 for ranks that were chosen less often than the mean, and
-falls for the others (padding counts, and with several processes each has its own). It does not merge, for the choice is
+A and R are Kaiming-uniform, B and β zero: the layer starts as its base. A, B and R train. β evens out the load by a
+rule instead of a loss: after each training pass it grows by 1e-5 for ranks chosen less often than the mean, and falls
+for the others (padding counts, and with several processes each has its own). It does not merge, for the choice is
 made for every token. --heads is k, at most r (8 of 64 in the authors' setting).
 
 As in the code, the score with β is the weight too, not only what the choice is made by.

@@ -160,7 +160,7 @@ def declare(sample_counts):
               (Comparison(rlora, hydra), Comparison(hydra, lora), beside(rlora, hydra, "bits", claimed=-1),
                beside(hydra, lora, "bits", claimed=-1), beside(dropout, neither), beside(start, neither),
                beside(rlora, neither), beside(rlora, dropout), beside(rlora, start),
-               beside(neither, hydra), beside(scaled, matched))),  # these four differ in the scaling alone
+               beside(neither, hydra), beside(scaled, matched))),  # in both pairs the scaling alone differs
         Claim(3, "R-LoRA's steps take less time and less memory than HydraLoRA's.",
               tuple(Comparison(Group(pair, "cost"), 0.0, quantity, claimed=-1, decides=pair == "dropout 0.1")
                     for pair in COSTS for quantity in ("time", "memory"))),

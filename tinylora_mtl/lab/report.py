@@ -144,9 +144,9 @@ def run_table(results):
     head = ["method", "trained on", "samples per task", "samples seen", "rank", "heads", "parameters", "learning rate",
             "accuracy, mean ± sd over seeds", "seconds a run"]
     return (f"{markdown_table(head, rows)}\n\nLearning rates were chosen for each method on validation samples, with "
-            "seeds of their own; * marks the smallest or largest of more than two. Runs with fewer samples than all, and "
-            f"all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} samples. "
-            "Parameters are those that train.")
+            "seeds of their own; * marks the smallest or largest of more than two. Runs with fewer samples than all, "
+            f"and all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} "
+            "samples. Parameters are those that train.")
 
 
 def task_table(results):

@@ -8,8 +8,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 RECIPES = {
     # github.com/jinda-liu/R-LoRA, fine-tuning.sh: 6 samples on a device, 16 accumulated; 512 tokens, as here
     "rlora-paper": {
-        "settings": {"model": "Qwen/Qwen2.5-0.5B", "method": "rlora", "rank": 4, "alpha": 32.0, "dropout": 0.1, "heads": 5,
-                     "targets": PROJECTIONS, "lr": 2e-4, "warmup": 0.03, "batch_size": 96, "accumulation": 16},
+        "settings": {"model": "Qwen/Qwen2.5-0.5B", "method": "rlora", "rank": 4, "alpha": 32.0, "dropout": 0.1,
+                     "heads": 5, "targets": PROJECTIONS, "lr": 2e-4, "warmup": 0.03, "batch_size": 96,
+                     "accumulation": 16},
         "unknown": "steps, seed and the mixture of tasks; its random start is that of the paper, the released code has "
                    "another one (--method rlora_released)"},
     # github.com/jinda-liu/Align-LoRA, train.py: 5 samples on a device, one of each task, 10 accumulated; one epoch

@@ -42,8 +42,8 @@ def tell_task(model, task):
         if hasattr(adapter, "task_ids"):
             names = unwrap(model).adapter_config.tasks
             if task.name not in names:
-                raise ValueError(f"the adapter has something of its own for each of the tasks {', '.join(names)}, so it "
-                                 f"cannot answer task {task.name!r}")
+                raise ValueError(f"the adapter has something of its own for each of the tasks {', '.join(names)}, so "
+                                 f"it cannot answer task {task.name!r}")
             adapter.task_ids = names.index(task.name)
 
 
