@@ -215,7 +215,7 @@ def test_the_readmes_run_from_start_to_end(tmp_path, monkeypatch):
             for module, flags in commands(body):
                 few = ["--samples", "10", "50"] if "--tasks" in flags else []  # the reader's own tasks are small here
                 plan = make_plan(compare.parse([*flags, *few]))
-                assert module == "lab.compare" and len(plan.runs()) >= 20
+                assert module == "lab.compare" and len(plan.runs({})) >= 20
         elif mark != "the tests":
             printed = run_block(language, body, names, more)
     assert {"the main job", "the tests", "text", "bash", "python", "takes hours"} <= set(seen)

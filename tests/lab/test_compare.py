@@ -19,10 +19,10 @@ from tinylora_mtl.config import TrainConfig, adapter_config
 from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.lab import compare, cost, heads, pictures
 from tinylora_mtl.lab import plan as plans
-from tinylora_mtl.lab.claims import (COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, declare, few_of,
-                                     joint_verdict, t_interval, verdict, word)
+from tinylora_mtl.lab.claims import (COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, best_rates, declare,
+                                     few_of, joint_verdict, t_interval, verdict, word)
 from tinylora_mtl.lab.plan import INNER_RATES, PRESETS, SAMPLE_COUNTS, SEARCH_SEEDS, Run, make_plan, match
-from tinylora_mtl.lab.report import PUBLISHED, best_rates, conditions_text, judge_claims, markdown, summary
+from tinylora_mtl.lab.report import PUBLISHED, conditions_text, judge_claims, markdown, summary
 from tinylora_mtl.run import fingerprints, gradients, training
 from tinylora_mtl.run.folder import locked
 from tinylora_mtl.run.models import load_model
@@ -89,7 +89,7 @@ def whole(tmp_path_factory):
         trained = patch_few(patch)
         plan = tiny_plan(folder, *WHOLE)
         results = compare.compare(plan)
-        assert sorted(trained) == sorted(run.name for run in plan.runs())  # each trained, once
+        assert sorted(trained) == sorted(run.name for run in plan.runs({}))  # each trained, once
     assert len(trained) == 4 * 2 + 4 * 2
     return folder, results
 
@@ -243,8 +243,8 @@ def test_what_cannot_be_matched_is_refused():
 
 def test_settings_of_the_runs(tmp_path):
     plan = tiny_plan(tmp_path, "--claims", 6, 7, 8, "--held-out", "object_counting")
-    runs = {run.name: run for run in plan.runs()}
-    assert len(runs) == len(plan.runs())
+    runs = {run.name: run for run in plan.runs({})}
+    assert len(runs) == len(plan.runs({}))
     configs = {name: plan.config(run, run.tried or (1e-3,)) for name, run in runs.items()}
     for name, config in configs.items():
         assert (config.split == "validation") == (config.seed in SEARCH_SEEDS) == name.startswith("search-")
@@ -263,8 +263,8 @@ def test_settings_of_the_runs(tmp_path):
         assert (config.support, config.query, config.tasks_per_round) == (3, 3, 6)
         assert config.samples == big.config(Run(Group("lora_matched", samples=size), 0), (1e-3,)).samples
         assert (config.lr, config.inner_lr, config.score_samples) == (1e-3, 0.02, 1000)
-    searched = [run for run in big.runs() if run.tried and run.group.method == "meta"]
-    assert len(searched) == len(SEARCH_SEEDS) * len(INNER_RATES) * (len(big.rates) - 2)
+    searched = [run for run in big.runs({}) if run.tried and run.group.method == "meta"]
+    assert len(searched) == len(INNER_RATES) * (len(big.rates) - 2)
     assert sorted(big.rates) == big.rates and max(b / a for a, b in zip(big.rates, big.rates[1:])) < 1.71
 
 
@@ -295,7 +295,7 @@ def test_the_presets_train_on_the_tasks_that_they_name():
     assert quick.task_sets["tasks"] == PRESETS["quick"]["tasks"] and quick.held_out == []
     assert sorted(full.task_sets["tasks"] + full.held_out) == sorted(load_names("mini") + load_names("mini-multilingual"))
     assert full.held_out == ["web_of_lies", "tracking_shuffled_objects", *load_names("mini-multilingual")]
-    assert {task.rsplit("/", 1)[-1] for task in quick.config(quick.runs()[0], (1e-3,)).tasks} == {
+    assert {task.rsplit("/", 1)[-1] for task in quick.config(quick.runs({})[0], (1e-3,)).tasks} == {
         "word_sorting", "dyck_languages", "object_counting"}
 
 
@@ -353,7 +353,7 @@ def test_a_finished_comparison_trains_nothing_again(whole, copy, few):
 def test_a_comparison_that_is_killed_goes_on_and_repeats_nothing(whole, copy, few):
     """It is killed in the second step of its last but one run."""
     plan = tiny_plan(copy, *WHOLE)
-    *_, killed, last = [run.name for run in plan.runs()]
+    *_, killed, last = [run.name for run in plan.runs({})]
     (copy / "results.json").unlink()
     forget_rows(copy, killed, last)
     for name in (killed, last):
@@ -462,7 +462,7 @@ def test_the_table_comes_from_the_results_alone(copy, few, monkeypatch, capsys):
 
 def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(copy, monkeypatch, few):
     plan = tiny_plan(copy, *WHOLE)
-    taken = plan.runs()[0].name
+    taken = plan.runs({})[0].name
     shutil.rmtree(copy / "runs" / taken)
     forget_rows(copy)
     other = locked(copy / "locks" / taken)
@@ -480,16 +480,16 @@ def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(copy, m
     monkeypatch.setattr(compare, "carry_out", carry_out)
     monkeypatch.setattr(compare.time, "sleep", sleep)
     compare.compare(plan)
-    method = plan.runs()[0].group.method
+    method = plan.runs({})[0].group.method
     assert len(waits) == 1 and taken not in waits[0]
     assert not [name for name in waits[0] if name.startswith(f"{method}-")]  # its rate was not known yet
-    assert len(waits[0]) == len(plan.runs()) - 1 - plan.seeds and done[len(waits[0])] == taken
+    assert len(waits[0]) == len(plan.runs({})) - 1 - plan.seeds and done[len(waits[0])] == taken
     assert few == [taken]
 
 
 def test_a_run_that_train_is_using_is_skipped_too(copy, few):
     plan = tiny_plan(copy, *WHOLE)
-    run = plan.runs()[0]
+    run = plan.runs({})[0]
     (copy / "runs" / run.name / "results.json").unlink()
     with locked(copy / "runs" / run.name), pytest.raises(BlockingIOError):
         compare.carry_out(plan, run, run.tried, None)
@@ -501,7 +501,7 @@ def test_results_of_other_settings_are_never_mixed_in(copy, few):
         compare.compare(tiny_plan(copy, *WHOLE, "--steps", 4))
     (copy / compare.ROWS).unlink()
     plan = tiny_plan(copy, *WHOLE)
-    file = copy / "runs" / plan.runs()[0].name / "config.json"
+    file = copy / "runs" / plan.runs({})[0].name / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"format": config["format"] - 1}))
     with pytest.raises(ValueError, match="is of another version of this package"):
@@ -554,18 +554,52 @@ def test_the_best_rate_on_validation_is_taken_by_all_runs_of_the_method(tmp_path
 
 
 def test_the_best_rate_is_best_in_the_mean_of_the_search_s_seeds(tmp_path):
-    """And MeTA-LoRA's inner rate is chosen with it."""
+    """Of the first seed's best and its neighbours, and for MeTA-LoRA at the inner rate that was best with it."""
     plan = tiny_plan(tmp_path, "--claims", 7)
-    plan.rates, group = [1e-3, 5e-3], plan.searched(Group("meta", samples=12))
-    rows = {Run(group, seed, rates).name: {"average_after": 0.5}
-            for seed in SEARCH_SEEDS for rates in plan.tried(group)}
-    rows[Run(group, SEARCH_SEEDS[0], (1e-3, 0.005)).name]["average_after"] = 0.8  # the best by one seed
-    for seed in SEARCH_SEEDS:
-        rows[Run(group, seed, (5e-3, 0.08)).name]["average_after"] = 0.65
-    assert compare.rates_of(plan, Run(Group("meta", samples=12), 0), rows) == (5e-3, 0.08)
-    del rows[Run(group, SEARCH_SEEDS[2], (1e-3, 0.005)).name]
-    with pytest.raises(BlockingIOError):
-        compare.rates_of(plan, Run(Group("meta", samples=12), 0), rows)
+    plan.rates, few = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3], 12
+    for method, inner in (("lora_matched", ()), ("meta", (0.02,))):
+        run, group = Run(Group(method, samples=few), 0), plan.searched(Group(method, samples=few))
+        rows = {Run(group, SEARCH_SEEDS[0], tried).name: {"average_after": 0.5} for tried in plan.tried(group)[1:]}
+        assert plan.tried_again(group, rows) == []  # the first seed has not tried all of them
+        with pytest.raises(BlockingIOError):
+            compare.rates_of(plan, run, rows)
+        rows[Run(group, SEARCH_SEEDS[0], plan.tried(group)[0]).name] = {"average_after": 0.5}
+        rows[Run(group, SEARCH_SEEDS[0], (3e-3, *inner)).name] = {"average_after": 0.8}  # the best by one seed
+        again = plan.tried_again(group, rows)
+        assert again == [(2e-3, *inner), (3e-3, *inner), (4e-3, *inner)]
+        for seed in SEARCH_SEEDS[1:]:
+            rows |= {Run(group, seed, tried).name: {"average_after": 0.7} for tried in again}
+            rows[Run(group, seed, again[0]).name] = {"average_after": 0.9}  # (.5 + .9 + .9) / 3 > (.8 + .7 + .7) / 3
+            rows[Run(group, seed, (1e-3, *inner)).name] = {"average_after": 1.0}  # not of the three
+        assert compare.rates_of(plan, run, rows) == again[0]
+        listed = [r for r in plan.runs(rows) if r.tried and r.group == group]
+        assert len(listed) == len(plan.tried(group)) + 3 * (len(SEARCH_SEEDS) - 1)
+        del rows[Run(group, SEARCH_SEEDS[2], again[2]).name]
+        with pytest.raises(BlockingIOError):
+            compare.rates_of(plan, run, rows)
+
+
+def test_at_an_end_of_the_rates_the_three_next_to_it_are_tried_again(tmp_path):
+    plan = tiny_plan(tmp_path, "--claims", 4)
+    group = Group("rlora")
+    for rates, best, expected in (([1, 2, 3, 4], 4, [2, 3, 4]), ([1, 2, 3, 4], 1, [1, 2, 3]), ([1, 2], 2, [1, 2]),
+                                  ([1], 1, [1])):
+        plan.rates = rates
+        rows = {Run(group, SEARCH_SEEDS[0], (rate,)).name: {"average_after": float(rate == best)} for rate in rates}
+        assert plan.tried_again(group, rows) == [(rate,) for rate in expected]
+
+
+def test_a_rate_that_one_seed_tried_is_not_the_best(tmp_path, whole):
+    """In the results: the choice is between those that all search seeds tried."""
+    rows = [row | {"average_after": 0.99} if row["search"] and row["seed"] == SEARCH_SEEDS[0] else row
+            for row in whole[1]["runs"]]
+    first = next(row for row in rows if row["search"])
+    lower = first["lr"] / 2
+    rows += [row | {"seed": SEARCH_SEEDS[1], "average_after": 0.01} for row in rows if row["search"]]
+    rows.append(first | {"lr": lower})
+    rates = judge_claims(tiny_plan(tmp_path, *WHOLE), rows)["rates"]
+    chosen = next(rate for rate in rates if rate["method"] == first["method"])
+    assert chosen["lr"] != lower and len(chosen["tried"][f"{lower:g}"]) == 1
 
 
 def test_which_search_a_group_takes_its_rate_from(tmp_path):

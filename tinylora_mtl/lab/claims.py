@@ -115,6 +115,11 @@ class Claim:
     comparisons: tuple
 
 
+def best_rates(tried):
+    """The rates of the best accuracy in {(lr, ...): validation accuracy}; of equals the lowest."""
+    return max(sorted(tried), key=tried.get)
+
+
 def few_of(sample_counts):
     """The number of samples that claim 7 calls few: of those that are not all, the largest up to 50."""
     return max(count for count in sample_counts[:-1] if count <= 50)

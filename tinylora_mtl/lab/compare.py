@@ -29,12 +29,12 @@ from ..loss import label_loss
 from ..run import cli, files, models, scoring, settings, training
 from ..run.checkpoint import check_format
 from ..run.folder import locked
-from .claims import COSTS, MOST_SEEDS
+from .claims import COSTS, MOST_SEEDS, best_rates
 from .cost import compare_costs
 from .heads import inspect_run, open_finished
 from .pictures import draw_comparison
 from .plan import PRESETS, SAMPLE_COUNTS, SHARED, Run, make_plan
-from .report import best_rates, judge_claims, markdown, summary
+from .report import judge_claims, markdown, summary
 
 ROWS = "rows.jsonl"  # in the folder of a comparison: what its runs have in common, then a line for each finished one
 
@@ -44,11 +44,16 @@ def compare(plan, stop=None):
 
     Raises ValueError for a run folder that holds another run than the one declared, and Stopped on a signal.
     """
-    runs = plan.runs()
-    with tqdm(total=len(runs), desc="runs", ncols=100) as bar:
-        while len(rows := read_rows(plan, runs)) < len(runs):
-            bar.update(len(rows) - bar.n)
-            for run in [run for run in runs if run.name not in rows]:
+    with tqdm(desc="runs", ncols=100) as bar:
+        while True:
+            rows = read_rows(plan)
+            runs = plan.runs(rows)
+            left = [run for run in runs if not enough(plan, run, rows)]
+            bar.total = len(runs)
+            bar.update(len(runs) - len(left) - bar.n)
+            if not left:
+                break
+            for run in left:
                 bar.set_postfix_str(run.name[-60:])
                 try:
                     append_line(plan.out / ROWS, carry_out(plan, run, rates_of(plan, run, rows), stop))
@@ -69,14 +74,20 @@ def rates_of(plan, run, rows):
         return run.tried
     searched = plan.searched(run.group)
     tried = {rates: [rows.get(Run(searched, seed, rates).name) for seed in plan.search_seeds]
-             for rates in plan.tried(searched)}
-    if any(None in found for found in tried.values()):
+             for rates in plan.tried_again(searched, rows)}
+    if not tried or any(None in found for found in tried.values()):
         raise BlockingIOError("the search is still in the hands of another process")
     return best_rates({rates: mean(row["average_after"] for row in found) for rates, found in tried.items()})
 
 
-def read_rows(plan, runs):
-    """{name: row} of the runs that are in the comparison's rows.jsonl, with all that the claims need of them.
+def enough(plan, run, rows):
+    """Whether a run is in the rows, with all that the claims need of it."""
+    needed = set() if run.tried else plan.groups[run.group] - {"accuracy", "adapted"}
+    return run.name in rows and needed <= set(rows[run.name])
+
+
+def read_rows(plan):
+    """{name: row} of the runs that are in the comparison's rows.jsonl.
 
     With this file alone, which is small, a comparison can be gone on with on another machine. ValueError if they are of
     other conditions. A line that was not written to its end is passed over.
@@ -95,8 +106,7 @@ def read_rows(plan, runs):
     if None not in found:
         files.make_folder(plan.out)
         append_line(file, conditions)
-    needs = {run.name: set() if run.tried else plan.groups[run.group] - {"accuracy", "adapted"} for run in runs}
-    return {name: found[name] for name, wanted in needs.items() if name in found and wanted <= set(found[name])}
+    return found
 
 
 def append_line(file, content):

@@ -5,14 +5,9 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
-from .claims import POINT, UNITS, Group, few_of, joint_verdict, t_interval, verdict, word
+from .claims import POINT, UNITS, Group, best_rates, few_of, joint_verdict, t_interval, verdict, word
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
-
-
-def best_rates(tried):
-    """The rates of the best accuracy in {(lr, ...): validation accuracy}; of equals the lowest."""
-    return max(sorted(tried), key=tried.get)
 
 
 def judge_claims(plan, rows):
@@ -48,7 +43,8 @@ def judge_claims(plan, rows):
     for claim in claims:
         claim["verdict"] = joint_verdict([row["verdict"] for row in claim["comparisons"] if row["decides"]])
     for (method, where, samples), tried in searched.items():
-        best, lrs = best_rates({each: mean(found) for each, found in tried.items()}), {lr for lr, *_ in tried}
+        seeds, lrs = max(map(len, tried.values())), {lr for lr, *_ in tried}
+        best = best_rates({each: mean(found) for each, found in tried.items() if len(found) == seeds})
         rates.append({"method": method, "where": where, "samples": samples, **dict(zip(("lr", "inner_lr"), best)),
                       "tried": {" ".join(f"{rate:g}" for rate in each): found for each, found in tried.items()},
                       "at_the_edge": len(lrs) > 2 and best[0] in (min(lrs), max(lrs))})
