@@ -157,6 +157,8 @@ def make_desk(folder):
     """What the documents take for granted beside the package: a model, and tasks of the reader's own."""
     shutil.copytree(Path(tinylora_mtl.__file__).parent / "assets" / "mini", folder / "path" / "to" / "a" / "model")
     (folder / "path" / "to" / "a" / "task").mkdir()
+    (folder / "my.py").write_text("from tinylora_mtl.lora import LoRALinear\nLR = 1e-3\n\nclass Layer(LoRALinear):\n"
+                                  "    def __init__(self, base, config):\n        super().__init__(base, 2, 4)\n")
     for name in ("my_task.jsonl", "path/to/a/task/train.jsonl", "path/to/a/task/test.jsonl"):
         rows = [{"prompt": f"{name}: is {number} even? Answer:", "target": ("yes", "no")[number % 2]}
                 for number in range(60 if "test" not in name else 20)]

@@ -15,18 +15,20 @@ import torch
 from conftest import Killed, at_step, command, kill
 
 from tinylora_mtl import add_adapters, meta, remove_adapters, train
-from tinylora_mtl.config import TrainConfig, adapter_config
+from tinylora_mtl.adapters import LAYERS
+from tinylora_mtl.config import MINI_LR, TrainConfig, adapter_config
 from tinylora_mtl.data.tasks import load_tasks
 from tinylora_mtl.lab import compare, cost, heads, pictures
 from tinylora_mtl.lab import plan as plans
-from tinylora_mtl.lab.claims import (COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, best_rates, declare,
-                                     few_of, joint_verdict, t_interval, verdict, word)
+from tinylora_mtl.lab.claims import (COST_REPEATS, COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, best_rates,
+                                     declare, few_of, joint_verdict, t_interval, verdict, word)
 from tinylora_mtl.lab.plan import INNER_RATES, PRESETS, SAMPLE_COUNTS, SEARCH_SEEDS, Run, make_plan, match
 from tinylora_mtl.lab.report import PUBLISHED, conditions_text, judge_claims, markdown, summary
 from tinylora_mtl.run import fingerprints, gradients, training
 from tinylora_mtl.run.folder import locked
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.run.settings import read_config
+from tinylora_mtl.train import GRADIENTS
 
 TINY = ("--tasks word_sorting dyck_languages object_counting --seeds 2 --steps 3 --batch-size 6 --samples 8 12 "
         "--rates 1e-3 5e-3 --rank 2 --heads 4 --targets q_proj --device cpu").split()
@@ -213,7 +215,7 @@ def test_the_ablation_changes_one_thing_at_a_time():
 
 def test_matched_parameters_are_within_five_percent():
     """Counted against the formula: per layer of HydraLoRA r·d_in + N·r·d_out + N·d_in, of LoRA r·(d_in + d_out)."""
-    methods, counts = match(VARIANTS, TrainConfig(rank=4, heads=5))
+    methods, counts, _ = match(VARIANTS, TrainConfig(rank=4, heads=5), ["a", "b"])
     layers = 5 * [(112, 112)] * 4 + 5 * [(112, 256)] * 2 + 5 * [(256, 112)]
     hydra = sum(4 * d_in + 5 * 4 * d_out + 5 * d_in for d_in, d_out in layers)
     assert counts["hydralora"] == counts["rlora"] == hydra
@@ -238,7 +240,7 @@ def test_matched_parameters_are_within_five_percent():
 
 def test_what_cannot_be_matched_is_refused():
     with pytest.raises(ValueError, match="not within 5% of HydraLoRA's"):
-        match(["mlora"], TrainConfig(rank=32, heads=1))
+        match(["mlora"], TrainConfig(rank=32, heads=1), ["a"])
 
 
 def test_settings_of_the_runs(tmp_path):
@@ -679,6 +681,51 @@ def test_the_base_is_measured_once_for_the_same_samples(tmp_path, monkeypatch, f
                       "trained", (languages, "test")]
     before = [row["average_before"] for row in rows]
     assert before == pytest.approx([0.01, 0.04, 0.01, 0.09, 0.09])
+
+
+# -------------------------------------------------------------------------------------------------- a table of methods
+def test_a_table_of_methods(tmp_path, monkeypatch, few, capsys):
+    """Of the core, of the gallery, and of a file: each has its rate searched, and costs are taken when all are done."""
+    mine = tmp_path / "half_lora.py"
+    mine.write_text("from tinylora_mtl.lora import LoRALinear\nLR = 1e-3\n\nclass Layer(LoRALinear):\n"
+                    "    def __init__(self, base, config):\n        super().__init__(base, 1, config.alpha)\n")
+    methods, taken = ("lora", "meta", "rlora", "mtl_lora", "half_lora"), []
+
+    def costs(configs, swapped):
+        taken.append([config.method for config in configs])
+        assert len(few) == 4 * 4 + 8  # all training is done; meta has three inner rates
+        step = {"lora": 0.0, "meta": 200.0, "half_lora": -10.0}.get(configs[1].method, 50.0)
+        return {"time": step + len(taken) % 3, "memory": -step / 4, "seconds": 1.0}
+    monkeypatch.setattr(compare, "compare_costs", costs)
+    for known in (MINI_LR, LAYERS, GRADIENTS):  # as they were, when the test is done
+        for name in methods[-2:]:
+            monkeypatch.setitem(known, name, None)
+            del known[name]
+    results = compare.main([*TINY, *TWO_TASKS, "--out", str(tmp_path / "out"), "--methods", *methods[:-1], str(mine)])
+    assert results["claims"] == []
+    assert taken == [["lora", method] for method in methods for _ in range(COST_REPEATS)]
+    assert results["conditions"]["methods"] == {"lora": "yes", "meta": "yes", "rlora": "no", "half_lora": "yes",
+                                                "mtl_lora": "for one task"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    first = table[:table.index("Time and peak memory")]
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in first.splitlines() if line.startswith("| ")}
+    assert set(lines) == {"method", *methods}
+    runs = [run for run in results["runs"]
+            if (run["method"], run["where"], run["search"]) == ("half_lora", "tasks", False)]
+    assert len(runs) == 2 and {run["lr"] for run in runs} <= {1e-3, 5e-3}
+    assert lines["half_lora"][1:4] == ["0.91", "1.02", "yes"] and lines["meta"][1] == "3.01"
+    assert lines["half_lora"][-2] == f"{runs[0]['trainable_parameters']:,}"
+    assert lines["meta"][-1].strip(" |") == "8" and lines["lora"][-1].strip(" |") == "12"
+    shown = capsys.readouterr().out
+    assert "half_lora" in shown and max(map(len, shown.splitlines()[:-1])) <= 80
+    assert "claims" not in table and "no different" not in table.lower()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--methods", "lorra"), "unknown method 'lorra'"), (("--methods", "nowhere.py"), "there is no file nowhere.py")])
+def test_methods_that_there_are_not(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_plan(tmp_path, *flags)
 
 
 # -------------------------------------------------------------------------------------------------------- the costs

@@ -29,7 +29,7 @@ from ..loss import label_loss
 from ..run import cli, files, models, scoring, settings, training
 from ..run.checkpoint import check_format
 from ..run.folder import locked
-from .claims import COSTS, MOST_SEEDS, best_rates
+from .claims import MOST_SEEDS, best_rates
 from .cost import compare_costs
 from .heads import inspect_run, open_finished
 from .pictures import draw_comparison
@@ -55,6 +55,8 @@ def compare(plan, stop=None):
                 break
             for run in left:
                 bar.set_postfix_str(run.name[-60:])
+                if run.group.where == "cost" and left[0].group.where != "cost":
+                    continue  # another process still trains
                 try:
                     append_line(plan.out / ROWS, carry_out(plan, run, rates_of(plan, run, rows), stop))
                     break
@@ -117,7 +119,8 @@ def append_line(file, content):
 
 def carry_out(plan, run, rates, stop):
     """Do, finish or read one run; returns its row for results.json. BlockingIOError if another process has it."""
-    folder, guard = plan.out / "runs" / run.name, plan.out / "locks" / run.name
+    folder = plan.out / "runs" / run.name
+    guard = plan.out / "locks" / (run.name if run.group.where != "cost" else "cost")  # costs one at a time
     row = {"name": run.name, "method": run.group.method, "where": run.group.where, "seed": run.seed,
            "search": run.tried is not None, "on": models.machine_name(models.pick_device(plan.base.device))}
     files.make_folder(guard)  # not the run's own lock: that is train's, and covers neither reading nor measuring
@@ -154,8 +157,9 @@ def carry_out(plan, run, rates, stop):
 
 def costs_of(plan, run, folder):
     """A measurement of costs: as `compare_costs`, kept in a file of its own."""
-    pair = [resolve(replace(plan.base, **changes, tasks=plan.task_sets["tasks"], samples=plan.sample_counts[-1],
-                            seed=run.seed)) for changes in COSTS[run.group.method]]
+    tasks, samples = plan.task_sets["tasks"], plan.sample_counts[-1]
+    pair = [resolve(replace(plan.base, **changes, **plan.sizes(tasks, samples), tasks=tasks, samples=samples,
+                            seed=run.seed)) for changes in plan.cost_pair(run.group.method)]
     file = folder / "results.json"
     if not file.is_file():
         files.make_folder(folder)
@@ -242,6 +246,8 @@ def parse(argv=None):
     shown = TrainConfig.__dataclass_fields__
     parser.add_argument("--preset", choices=PRESETS, default="full", help="quick: a few minutes; full: hours")
     parser.add_argument("--claims", type=cli.whole(1, 10), nargs="+", metavar="N", help="which of the claims 1 to 10")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="a table of these instead: methods of the "
+                        "package, variants of claims.py, or files")
     parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 8)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
     parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 10: tasks not trained on")

@@ -26,13 +26,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .. import __version__
-from ..adapters import adapter_parameters, add_adapters, remove_adapters
+from ..adapters import adapter_parameters, add_adapters, find_adapters, remove_adapters
 from ..config import TrainConfig, adapter_config, resolve
 from ..data.embedded import LANGUAGES
 from ..data.tasks import EMBEDDED, TASK_SETS, check_labels, embedded_samples, load_tasks, own_name, require_samples
 from ..run import files, models, settings
-from ..run.methods import find_method
-from .claims import VARIANTS, Group, best_rates, declare, few_of
+from ..run.methods import find_method, typed_method
+from .claims import COST_REPEATS, COSTS, VARIANTS, Group, best_rates, declare, few_of
 
 PRESETS = {
     "quick": {"claims": [1, 4, 5], "search_seeds": 1, "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
@@ -80,6 +80,7 @@ class Plan:
     claims: list
     out: Path
     command: str = ""
+    methods: tuple = ()  # those of the table, keys of VARIANTS or any of the package
 
     def __post_init__(self):
         self.groups = {}  # {Group: the quantities that its runs are needed for}
@@ -87,25 +88,36 @@ class Plan:
             for side, quantity in comparison.both():
                 if isinstance(side, Group):
                     self.groups.setdefault(side, set()).add(quantity)
-        trained = sorted({group.method for group in self.groups if group.where != "cost"})
-        self.variants, self.parameters = match(trained, self.base)
+        for method in self.methods:  # MeTA-LoRA is for few samples
+            few = few_of(self.sample_counts) if settings_of(method)["method"] == "meta" else None
+            self.groups.setdefault(Group(method, samples=few), set()).add("accuracy")
+            self.groups[Group(method, "cost")] = {"time", "memory"}
+        trained = sorted({group.method for group in self.groups if group.method not in COSTS})
+        names = [own_name(name) for name in self.task_sets["tasks"]]
+        self.variants, self.parameters, self.merges = match(trained, self.base, names)
         self.before = {}  # {(where, split, seed): what the base model scores}, once it is known
 
     def runs(self, rows):
         """The list, as far as it is known from {name: row}: the search of the learning rates, then what they are for.
 
-        It grows when a search has finished with its first seed.
+        It grows when a search has finished with its first seed. Costs come last, for nothing may compute beside them.
         """
         first, *others = self.search_seeds
         searched = dict.fromkeys(self.searched(group) for group in self.groups if group.where != "cost")
         return ([Run(group, first, tried) for group in searched for tried in self.tried(group)]
                 + [Run(group, seed, tried)
                    for seed in others for group in searched for tried in self.tried_again(group, rows)]
-                + [Run(group, seed) for seed in range(self.seeds) for group in self.groups])
+                + [Run(group, seed) for seed in range(self.seeds) for group in self.groups if group.where != "cost"]
+                + [Run(group, seed) for group in self.groups if group.where == "cost"
+                   for seed in range(self.seeds if group.method in COSTS else COST_REPEATS)])
+
+    def cost_pair(self, method):
+        """The settings of the two runs whose steps are compared: a pair of COSTS, or LoRA and a method."""
+        return COSTS[method] if method in COSTS else ({"method": "lora"}, self.variants[method])
 
     def tried(self, group):
         """What the search tries for a group: [(lr,), ...], or for MeTA-LoRA, of fewer rates, [(lr, inner_lr), ...]."""
-        if VARIANTS[group.method]["method"] != "meta":
+        if settings_of(group.method)["method"] != "meta":
             return [(lr,) for lr in self.rates]
         return [(lr, inner_lr) for inner_lr in INNER_RATES for lr in self.rates[1:-1] or self.rates]
 
@@ -125,7 +137,7 @@ class Plan:
         How few they are makes no difference, nor whether they are of the tasks or of the languages, and MeTA-LoRA is
         for few in any case.
         """
-        few = VARIANTS[group.method]["method"] == "meta" or group.samples not in (None, self.sample_counts[-1])
+        few = settings_of(group.method)["method"] == "meta" or group.samples not in (None, self.sample_counts[-1])
         return Group(group.method, samples=few_of(self.sample_counts) if few else None)
 
     def samples_of(self, names, seed):
@@ -149,15 +161,18 @@ class Plan:
                         raise
         return folder
 
+    def sizes(self, tasks, samples):
+        """For MeTA-LoRA: a round's queries are as a batch of the others, with all tasks and as many samples of each."""
+        each = max(1, min(samples // 2, self.base.batch_size // len(tasks)))
+        return {"support": each, "query": each, "tasks_per_round": len(tasks)}
+
     def config(self, run, rates):
         """The TrainConfig of a run, rates: as `tried`. A search never sees the test split."""
         tasks, samples = self.task_sets[run.group.where], run.group.samples or self.sample_counts[-1]
-        # For MeTA-LoRA: a round's query sets are as a batch of the others, with all tasks and as many samples of each.
-        each = max(1, min(samples // 2, self.base.batch_size // len(tasks)))
         return settings.with_full_paths(resolve(replace(
             self.base, **self.variants[run.group.method] | dict(zip(("lr", "inner_lr"), rates)),
-            tasks=self.samples_of(tasks, run.seed), samples=samples, seed=run.seed,
-            support=each, query=each, tasks_per_round=len(tasks), split="test" if run.tried is None else "validation",
+            **self.sizes(tasks, samples), tasks=self.samples_of(tasks, run.seed), samples=samples, seed=run.seed,
+            split="test" if run.tried is None else "validation",
             skip_bad_steps=self.base.steps,  # they are counted, not fatal
             out=str(self.out / "runs" / run.name))))
 
@@ -169,7 +184,8 @@ class Plan:
 
     def conditions(self):
         """For results.json: what was compared, and how."""
-        return self.shared_conditions() | {"seeds": list(range(self.seeds)), "parameters": self.parameters}
+        return self.shared_conditions() | {"seeds": list(range(self.seeds)), "parameters": self.parameters,
+                                           "methods": {method: self.merges[method] for method in self.methods}}
 
 
 @cache
@@ -181,35 +197,54 @@ def hash_of_source():
     return digest.hexdigest()[:16]
 
 
-def match(names, base):
-    """({variant: TrainConfig settings}, {variant: trainable parameters}) with every `match` of VARIANTS worked out.
+def settings_of(name):
+    """A variant's settings of train; any other name is that of a method, as it is."""
+    return VARIANTS.get(name, {"method": name})
+
+
+def match(names, base, tasks):
+    """What there is to know of variants before they are trained, with every `match` of VARIANTS worked out.
 
     Parameters grow linearly with the rank and with the heads, so two counts tell which value comes nearest to
-    HydraLoRA's number. ValueError if that is not within TOLERANCE.
+    HydraLoRA's number. ValueError if that is not within TOLERANCE. tasks: their names.
+    -> three dicts by name: TrainConfig settings, numbers of trainable parameters, and whether they can be merged.
     """
     model, _, _ = models.load_model(base.model, base.device, base.dtype)
 
-    def count(**changes):
-        add_adapters(model, adapter_config(resolve(replace(base, **changes))))
-        number = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    def build(**changes):
+        add_adapters(model, replace(adapter_config(resolve(replace(base, **changes))), tasks=tuple(tasks)))
+        number, merges = sum(p.numel() for p in adapter_parameters(model).values()), merging(model)
         remove_adapters(model)
-        return number
+        return number, merges
 
-    wanted, variants, counts = count(method="hydralora"), {}, {}
+    wanted, variants, counts, merges = build(method="hydralora")[0], {}, {}, {}
     for name in names:
-        changes = dict(VARIANTS[name])
+        changes = dict(settings_of(name))
         find_method(changes["method"])
         knob, alpha = changes.pop("match", None), changes.pop("alpha", None)
         if knob:
-            two, three = (count(**changes | {knob: value}) for value in (2, 3))
+            two, three = (build(**changes | {knob: value})[0] for value in (2, 3))
             changes[knob] = max(2, round(2 + (wanted - two) / (three - two)))
         if alpha:
             changes["alpha"] = alpha(base, replace(base, **changes))
-        variants[name], counts[name] = changes, count(**changes)
+        variants[name], (counts[name], merges[name]) = changes, build(**changes)
         if knob and abs(counts[name] / wanted - 1) > TOLERANCE:
             raise ValueError(f"{name} has {counts[name]:,} parameters at --{knob} {changes[knob]}, which is not "
                              f"within {TOLERANCE:.0%} of HydraLoRA's {wanted:,}; another --rank or --heads may do")
-    return variants, counts
+    return variants, counts, merges
+
+
+def merging(model):
+    """Whether a model's adapters can be merged: "yes", "for one task" (which must be told, to answer too) or "no"."""
+    adapter = next(iter(find_adapters(model).values()))
+    by_task = hasattr(adapter, "task_ids")
+    if by_task:
+        adapter.task_ids = 0
+    try:
+        adapter.delta()
+    except ValueError:
+        return "no"
+    return "for one task" if by_task else "yes"
 
 
 def make_plan(args, command=""):
@@ -228,7 +263,10 @@ def make_plan(args, command=""):
     sample_counts = sorted(set(args.samples or SAMPLE_COUNTS))
     if len(sample_counts) < 2 or sample_counts[0] > 50:
         raise ValueError("--samples needs at least two sizes, the smallest at most 50")
-    numbers = set(args.claims or preset["claims"])
+    numbers = set(args.claims or ([] if args.methods else preset["claims"]))
+    methods = tuple(name if name in VARIANTS else typed_method(name) for name in args.methods or ())
+    for name in methods:
+        settings.check(replace(base, method=settings_of(name)["method"]))
     for number, there, flag in ((8, languages, "--languages"), (10, held_out, "--held-out")):
         if number in numbers and not there:
             if args.claims:
@@ -239,7 +277,7 @@ def make_plan(args, command=""):
     plan = Plan(base, {"tasks": tasks, "languages": languages}, held_out, sample_counts,
                 sorted(set(args.rates or (preset["rates"] if mini else RATES))), SEARCH_SEEDS[:preset["search_seeds"]],
                 args.seeds or preset["seeds"],
-                [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command)
+                [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command, methods)
     for rate in plan.rates:
         settings.check(replace(base, lr=rate))
     loaded = {where: load_tasks(names, sample_counts[-1]) for where, names in plan.task_sets.items() if names}

@@ -3,9 +3,10 @@
 import textwrap
 from collections import Counter
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
-from .claims import POINT, UNITS, Group, best_rates, few_of, joint_verdict, t_interval, verdict, word
+from .claims import (COST_REPEATS, POINT, UNITS, Group, best_rates, few_of, joint_verdict, t_interval, verdict,
+                     word)
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
 
@@ -63,6 +64,10 @@ def summary(results):
                 lines.append(f"   {name}")
                 name = ""
             lines.append(f"   {name:44} {difference(row)} {row['unit']}")
+    if rows := method_rows(results):
+        lines += ["", f"{'':20} {'accuracy [95 %]':20} {'time':>6} {'memory':>6}  can be merged"]
+        lines += [f"{name[:20]:20} {accuracy:20} {time:>6} {memory:>6}  {merges}"
+                  for name, accuracy, time, memory, merges, *_ in rows]
     return "\n".join(lines)
 
 
@@ -169,10 +174,36 @@ def machine_text(results):
                          + f"; version {results['conditions'].get('version', '0.1')} of this package.", 120)
 
 
-TABLES = {"conditions": conditions_text, "verdicts": verdict_table, "comparisons": comparison_table, "runs": run_table,
-          "tasks": task_table, "machines": machine_text}
+def method_rows(results):
+    """Of each of --methods, the most accurate first: its name, what it reaches and what it takes; cells of a table."""
+    rows, done = [], [run for run in results["runs"] if not run["search"]]
+    for method, merges in results["conditions"].get("methods", {}).items():
+        runs = [run for run in done if (run["method"], run["where"]) == (method, "tasks")]
+        middle, (low, high) = t_interval([100 * run["average_after"] for run in runs])
+        measured = [run for run in done if (run["method"], run["where"]) == (method, "cost")]
+        costs = [f"{1 + median(run[name] for run in measured) / 100:.2f}" for name in ("time", "memory")]
+        first, accuracy = runs[0], f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+        rows.append((middle, [method, accuracy, *costs, merges, f"{first['lr']:g}", first["rank"],
+                              f"{first['trainable_parameters']:,}", first["samples"]]))
+    return [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+
+
+def method_table(results):
+    """The rows of --methods."""
+    head = ["method", "accuracy [95 % interval]", "time", "memory", "can be merged", "learning rate", "rank",
+            "parameters", "samples per task"]
+    return (f"{markdown_table(head, method_rows(results))}\n\nAccuracy on test samples, the mean of the tasks. Time "
+            "and peak memory of a training step are multiples of LoRA's,\nmeasured side by side, medians of "
+            f"{COST_REPEATS}. For one task: it differs by task, so it must be told which, also to answer.")
+
+
+TABLES = {"conditions": conditions_text, "methods": method_table, "verdicts": verdict_table,
+          "comparisons": comparison_table, "runs": run_table, "tasks": task_table, "machines": machine_text}
 
 
 def markdown(results):
     """What table.md holds, from results.json alone."""
-    return "\n\n".join(table(results) for table in TABLES.values()) + "\n"
+    left_out = {"methods"} if not results["conditions"].get("methods") else set()
+    if not results["claims"]:
+        left_out |= {"verdicts", "comparisons"}
+    return "\n\n".join(table(results) for name, table in TABLES.items() if name not in left_out) + "\n"
