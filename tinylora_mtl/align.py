@@ -65,10 +65,18 @@ def real_tokens(features, batch):
     if torch.is_grad_enabled() and not all(z.requires_grad for z in features.values()):
         raise ValueError("the features have no gradient, so the alignment term would do nothing; use gradient "
                          "checkpointing with use_reentrant=False")
-    real = batch["attention_mask"].flatten().nonzero()[:, 0]  # [n], of batch · length
-    owner = batch["task_ids"].repeat_interleave(batch["attention_mask"].shape[1])[real]  # [n]
+    real, owner = tokens_and_owners(batch["attention_mask"], batch["task_ids"])
     real = to_device(real, next(iter(features.values())).device)
     return torch.stack([z.flatten(0, -2).index_select(0, real) for z in features.values()], dim=1), owner
+
+
+def tokens_and_owners(attention_mask, task_ids):
+    """[ex5] The n real tokens (1) of a mask [batch, length], among padding (0), and the task id of each of them.
+
+    task_ids [batch], in any order -> two int64 tensors [n]: their places in `attention_mask.flatten()`, and whose.
+    """
+    real = attention_mask.flatten().nonzero()[:, 0]  # [n], of batch · length
+    return real, task_ids.repeat_interleave(attention_mask.shape[1])[real]
 
 
 def of_every_token(name, z, batch):
@@ -89,8 +97,7 @@ def kl_alignment(groups):
 
     groups: one [n_t, r] or [n_t, layers, r] tensor per task, n_t may differ -> a scalar, the mean over the layers. Each
     task is a diagonal Gaussian (μ_t, v_t); D = ½ (KL(t‖t') + KL(t'‖t)), summed over the r features. A task with fewer
-    than two tokens has no variance and is left out; with fewer than two tasks left, the result is 0, with a gradient
-    of 0. Source: arXiv 2508.05078, equations 4 to 6.
+    than two tokens has no variance and is left out; with fewer than two tasks left, the result and its gradient are 0.
     """
     kept = [group.float() for group in groups if len(group) > 1]
     if len(kept) < 2:
@@ -102,15 +109,15 @@ def kl_alignment(groups):
 
 
 def kl_all_pairs(mean, variance):
-    """[ex6] Σ_{i<j} D_ij between diagonal Gaussians, symmetric and summed over features, without a loop over pairs.
+    """[ex6] Σ_{i<j} D_ij of T diagonal Gaussians, in O(T): no loop over the pairs, and no tensor of their number.
 
-    mean, variance [T, r] -> a scalar. Per feature, with M1 = Σ μ and M2 = Σ μ²,
-        Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ]
-    which is D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ] with the sums over i pulled
-    inside. Only differences of the μ count, so they may be taken from their mean first: large ones would lose their
-    digits, and M1 is then 0. The features of several layers may stand side by side.
+    mean, variance [T, r] -> a scalar. D_ij = ½ (KL(i‖j) + KL(j‖i)), summed over the r features; for each of them
+        KL(i‖j) = ½ [ log(v_j / v_i) + (v_i + (μ_i - μ_j)²) / v_j - 1 ]
+    A number that all μ have in common, however large, costs no digits.
     """
+    # The logarithms cancel: D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ]; sums over i pulled
+    # inside, Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ] with M1 = Σ μ, M2 = Σ μ².
     count, mean = len(mean), mean - mean.mean(0)  # T, and μ with M1 = 0
-    spread = variance.sum(0) * (1 / variance).sum(0) - count ** 2  # (Σ v)(Σ 1/v) - T², [r]
+    spread = variance.sum(0) * (1 / variance).sum(0) - count ** 2  # [r]
     shift = ((mean.square().sum(0) + count * mean.square()) / variance).sum(0)  # Σ_j (M2 + T μ_j²) / v_j, [r]
     return (spread + shift).sum() / 4

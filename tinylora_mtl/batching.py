@@ -1,6 +1,5 @@
 """From (prompt, target) samples to batches: iterators that never end. `loss.py` says what a batch is."""
 
-import copy
 import random
 
 import torch
@@ -95,15 +94,6 @@ class BalancedBatches:
                 self.waiting[task_id] = sorted(shuffled, key=lambda index: index not in indices)
             indices.append(self.waiting[task_id].pop())
         return [self.rows[task_id][index] for index in indices]
-
-    def state_dict(self):
-        """Where the draw stands, for `load_state_dict` of another one of the same tasks, which then goes on alike."""
-        return {"rng": self.rng.getstate(), "waiting": copy.deepcopy(self.waiting)}
-
-    def load_state_dict(self, state):
-        """Go on from where `state_dict()` was taken."""
-        self.rng.setstate(state["rng"])
-        self.waiting = copy.deepcopy(state["waiting"])
 
 
 class Episodes(BalancedBatches):

@@ -31,7 +31,7 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         inner_steps: k, how many of those steps; 0 gives the plain multi-task gradient over the query sets.
         losses: a list, if given, to which each task's [L(S_i) before each inner step ..., L(Q_i; θ_i)] is added.
 
-    `adapted_to` does stage 1, `gradients_of` takes a gradient. Returns {parameter name: g, of the parameter's shape}.
+    Stage 1 is `adapted_to`, and `gradients_of` takes a gradient. Returns {parameter name: g, of the parameter's shape}.
     Every parameter is as it was, no `.grad` is touched, and the random state is as if there had been only stage 2.
     Tasks come one after another and no step is differentiated through, so memory does not grow with n or k. Raises
     ValueError for a batch without labels, and the adapter is θ again then too.
@@ -51,7 +51,7 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
 
 @contextmanager
 def adapted_to(model, support, inner_lr, inner_steps):
-    """Stage 1: within the block the adapter is θ_i, adapted to a task's support batch; after it, θ again.
+    """[ex8] Stage 1: within the block the adapter is θ_i, adapted to a support batch; then θ again, whatever happened.
 
     Yields [L(S_i; θ_i) before each of the k steps], detached. Random numbers (dropout) are drawn aside.
     """

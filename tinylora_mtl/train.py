@@ -68,7 +68,10 @@ def lora_gradients(model, batch, config):
 
 
 def align_gradients(model, batch, config):
-    """Align-LoRA: L = L_task + λ · L_align, on the features z = A x of the same forward pass."""
+    """[ex9] Align-LoRA: L = L_task + λ · L_align, λ = `config.align_weight`, on z = A x of the same forward pass.
+
+    -> {"loss": L_task, "alignment": L_align in the form `config.align`}, detached; the gradients of L are in `.grad`.
+    """
     with collect_features(model) as features:
         loss = label_loss(model, batch)
     alignment = alignment_loss(features, batch, config.align)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,20 +14,22 @@ import test_exercises
 import torch
 
 import tinylora_mtl
-from tinylora_mtl import align, lora, meta, multihead
+from tinylora_mtl import align, lora, meta, multihead, train
 from tinylora_mtl.classroom import blank
-from tinylora_mtl.lab import heads as lab_heads
+from tinylora_mtl.lab.heads import symmetric_kl
 from tinylora_mtl.loss import label_loss
 
 SOURCE = Path(tinylora_mtl.__file__).parent
-TAGS = [f"ex{number}" for number in range(1, 9)]
-MODULES = {"ex1": lora.LoRALinear, "ex2": lora.LoRALinear, "ex3": multihead, "ex4": multihead, "ex5": lab_heads, "ex6": align,
-           "ex7": meta, "ex8": meta}
+TAGS = [f"ex{number}" for number in range(1, 10)]
+PLACES = {"forward": lora.LoRALinear, "delta": lora.LoRALinear, "combine_heads": multihead, "random_start": multihead,
+          "tokens_and_owners": align, "kl_all_pairs": align, "inner_step": meta, "adapted_to": meta,
+          "meta_gradients": meta, "align_gradients": train}
 
 
 def found_exercises():
-    return {tag: (file, name) for file in sorted(SOURCE.rglob("*.py"))
-            for tag, name, _, _ in blank.exercises(file.read_text(encoding="utf-8"))}
+    """[(tag, file, function's name, first line of its body, last line), ...]; ex8 is two functions."""
+    return sorted((tag, file, name, first, last) for file in sorted(SOURCE.rglob("*.py"))
+                  for tag, name, first, last in blank.exercises(file.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +48,24 @@ def grade(folder, expression, report):
 
 
 # ------------------------------------------------------------------------------------------------- the handout
-def test_eight_exercises_of_at_most_ten_lines():
-    for tag, (file, name) in found_exercises().items():
-        (_, _, first, last), = [row for row in blank.exercises(file.read_text(encoding="utf-8")) if row[0] == tag]
-        assert last - first < 12, f"{tag}, {name}, has {last - first + 1} lines"
-    assert sorted(found_exercises()) == TAGS
+def test_nine_exercises_of_a_few_lines():
+    for tag, _, name, first, last in found_exercises():
+        assert last - first < (16 if tag == "ex8" else 12), f"{tag}, {name}, has {last - first + 1} lines"
+    assert list(dict.fromkeys(tag for tag, *_ in found_exercises())) == TAGS
+    assert {name for _, _, name, *_ in found_exercises()} == set(PLACES)
 
 
 def test_no_solution_is_anywhere_in_the_handout(handout):
     """Every line of a solution that says something is gone from its module, and the docstring is still there."""
-    for tag, (file, name) in found_exercises().items():
-        text = file.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        (_, _, first, last), = [row for row in blank.exercises(text) if row[0] == tag]
-        blanked = (handout / "tinylora_mtl" / file.relative_to(SOURCE)).read_text(encoding="utf-8")
-        assert f"[{tag}]" in blanked and f'NotImplementedError("exercise {tag}, {name}, is still to be done")' in blanked
-        rest = "\n".join(path.read_text(encoding="utf-8") for path in handout.rglob("*")
-                         if path.suffix in (".py", ".md", ".toml"))
-        for line in lines[first - 1:last]:
+    texts = {path: path.read_text(encoding="utf-8") for path in handout.rglob("*") if path.suffix in (".py", ".md", ".toml")}
+    for tag, file, name, first, last in found_exercises():
+        blanked = handout / "tinylora_mtl" / file.relative_to(SOURCE)
+        assert f"[{tag}]" in texts[blanked]
+        assert f'NotImplementedError("exercise {tag}, {name}, is still to be done")' in texts[blanked]
+        for line in file.read_text(encoding="utf-8").splitlines()[first - 1:last]:
             code = line.split("#")[0].strip()
-            if len(code) > 24 and not code.startswith(("for ", "parameters = ")):
-                assert code not in rest, f"{tag}: {code}"
+            if len(code) > 24 and not code.startswith(("for ", "parameters = ", "with ", "loss = label_loss(", "losses.append(")):
+                assert not [path for path, text in texts.items() if code in text], f"{tag}: {code}"
     assert not list(handout.rglob("__pycache__")) and not (handout / "walkthrough.md").exists()
     assert {path.name for path in handout.iterdir()} == {"README.md", "LICENSE", "pyproject.toml", "tests", "tinylora_mtl"}
 
@@ -100,7 +100,7 @@ def test_the_fresh_handout_passes_nothing_and_the_filled_one_everything(handout,
     assert blocked.returncode != 0 and "exercise ex1, forward, is still to be done" in blocked.stderr
     filled = tmp_path / "filled"
     shutil.copytree(handout, filled)
-    for file, _ in found_exercises().values():
+    for file in {file for _, file, *_ in found_exercises()}:
         shutil.copyfile(file, filled / "tinylora_mtl" / file.relative_to(SOURCE))
     solved = grade(filled, " or ".join(TAGS), tmp_path / "grade.xml")
     assert set(solved) == set(fresh) and all(solved.values())
@@ -189,19 +189,23 @@ def start(scale_power=0.25, of_rank=False, centred=True, root=True, loop=False, 
     return wrong
 
 
-def kl(factor=0.25, power=1, shift=True, constant=2, reduce=torch.sum, one_way=False):
-    """A divergence with something wrong in it."""
-    def wrong(mean, variance, other_mean, other_variance):
-        v, w = variance ** power, other_variance ** power
-        ratio = (v / w + torch.log(w / v) - 1) * 2 if one_way else v / w + w / v - constant
-        gap = (mean - other_mean).square() * ((2 / w) if one_way else (1 / v + 1 / w))
-        return reduce(ratio + (gap if shift else 0)) * factor
+def tokens(padding_too=False, row_as_task=False, tiled=False, from_left=False, pairs=False, as_mask=False):
+    """Places and owners with something wrong in them."""
+    def wrong(attention_mask, task_ids):
+        rows, length = attention_mask.shape
+        mask = torch.ones_like(attention_mask) if padding_too else attention_mask
+        if from_left:  # as if padding stood on the right
+            mask = (torch.arange(length) < attention_mask.sum(1, keepdim=True)).long()
+        real = mask.flatten().nonzero() if pairs else mask.flatten().nonzero()[:, 0]
+        owners = torch.arange(rows) if row_as_task else task_ids
+        owners = owners.repeat(length) if tiled else owners.repeat_interleave(length)
+        return (mask.flatten().bool() if as_mask else real), owners[mask.flatten().bool()]
     return wrong
 
 
-def all_pairs(factor=1.0, minus=1.0, centre=True):
+def all_pairs(factor=1.0, minus=1.0, centre=True, power=1):
     def wrong(mean, variance):
-        count = len(mean)
+        count, variance = len(mean), variance ** power
         mean = mean - mean.mean(0) if centre else mean
         m1, m2 = mean.sum(0), mean.square().sum(0)
         spread = variance.sum(0) * (1 / variance).sum(0) - minus * count ** 2
@@ -211,12 +215,12 @@ def all_pairs(factor=1.0, minus=1.0, centre=True):
 
 
 def all_pairs_loop(mean, variance):
-    return sum(lab_heads.symmetric_kl(mean[i], variance[i], mean[j], variance[j])
+    return sum(symmetric_kl(mean[i], variance[i], mean[j], variance[j])
                for i in range(len(mean)) for j in range(i))
 
 
 def all_pairs_table(mean, variance):
-    table = lab_heads.symmetric_kl(mean[:, None], variance[:, None], mean[None], variance[None])
+    table = symmetric_kl(mean[:, None], variance[:, None], mean[None], variance[None])
     return table / 2
 
 
@@ -282,11 +286,57 @@ def outer(at_shared=False, on_support=False, total=False, last=False, early=Fals
     return wrong
 
 
+def adapted(careless=False, random=False, stay=False, same=False, late=False):
+    """Stage 1 with something wrong in it."""
+    @contextmanager
+    def wrong(model, support, inner_lr, inner_steps):
+        parameters = meta.adapter_parameters(model)
+        shared = [parameter.detach().clone() for parameter in parameters.values()]
+        losses, failed, gradients = [], True, None
+        try:
+            with nullcontext() if random else meta.fork_rng(model):
+                for _ in range(inner_steps):
+                    loss = label_loss(model, support)
+                    if gradients is None or not same:
+                        gradients = meta.gradients_of(loss, parameters)
+                    meta.inner_step(parameters.values(), gradients, inner_lr)
+                    losses.append((label_loss(model, support) if late else loss).detach())
+            yield losses
+            failed = False
+        finally:
+            if not stay and not (careless and failed):
+                for parameter, value in zip(parameters.values(), shared):
+                    parameter.data.copy_(value)
+    return wrong
+
+
+def align_step(weight=True, both=False, detached=False, kind=None, twice=False, attached=False, total=False,
+               no_backward=False):
+    """A step of Align-LoRA with something wrong in it."""
+    def wrong(model, batch, config):
+        with align.collect_features(model) as features:
+            loss = label_loss(model, batch)
+        alignment = align.alignment_loss(features, batch, kind or config.align)
+        if twice:
+            loss = label_loss(model, batch)
+        term = alignment.detach() if detached else alignment
+        factor = config.align_weight if weight else 1
+        objective = factor * (loss + term) if both else loss + factor * term
+        if no_backward:
+            torch.autograd.grad(objective, list(meta.adapter_parameters(model).values()))
+        else:
+            objective.backward(retain_graph=attached)
+        found = {"loss": objective if total else loss, "alignment": alignment}
+        return found if attached else {name: value.detach() for name, value in found.items()}
+    return wrong
+
+
 WRONG = {
     "ex1": {forward_alpha: "alpha / r", forward_without_base: "is the base layer there", forward_dropout_on_all: "dropout",
             forward_without_dropout: "dropout", forward_late_dropout: "dropout acts on x before A",
             forward_without_layers: "call self.lora_A"},
     "ex2": {lambda self: self.lora_B.weight @ self.lora_A.weight: "scaling",
+            lambda self: self.scaling * self.lora_A.weight.T @ self.lora_B.weight.T: "shape|transpose",
             lambda self: self.alpha * self.lora_B.weight @ self.lora_A.weight: "alpha / r",
             lambda self: self.scaling * (self.lora_B.weight @ self.lora_A.weight).T: "shape",
             lambda self: self.base.weight + self.scaling * self.lora_B.weight @ self.lora_A.weight: "ΔW",
@@ -297,15 +347,24 @@ WRONG = {
     "ex4": {start(of_rank=True): "not r\\^¼", start(scale_power=0.5): "d_out\\^¼", start(centred=False): "subtracted|mean is",
             start(root=False): "variance 1 / d", start(loop=True): "scaled once", start(same=True): "alike|differ",
             start(in_place=False): "in place"},
-    "ex5": {kl(factor=0.5): "halved", kl(power=0.5): "standard deviations", kl(shift=False): "KL", kl(constant=0): "KL|is 0",
-            kl(reduce=torch.mean): "not a mean", kl(one_way=True): "symmetric|KL there"},
-    "ex6": {all_pairs(factor=2.0): "counted once", all_pairs(minus=0.0): "T²", all_pairs_loop: "operations",
-            all_pairs_table: "every pair of tasks", all_pairs(centre=False): "only differences of means",
-            all_pairs(factor=4.0): "¼"},
+    "ex5": {tokens(padding_too=True): "0 is padding", tokens(row_as_task=True): "that row's task",
+            tokens(tiled=True): "row's task|own row", tokens(from_left=True): "only the mask|padding stands",
+            tokens(pairs=True): "shape", tokens(as_mask=True): "shape|indices"},
+    "ex6": {all_pairs(factor=2.0): "counted once|halved", all_pairs(minus=0.0): "-1 of each KL",
+            all_pairs_loop: "operations", all_pairs_table: "every pair of tasks",
+            all_pairs(centre=False): "only differences of means", all_pairs(factor=4.0): "halved",
+            all_pairs(power=0.5): "standard deviations"},
     "ex7": {inner_uphill: "sign", inner_without_rate: "rate", inner_rebinds: "new name", inner_first_only: "every parameter",
             inner_normalised: "plain gradient descent|size of the gradient|rate", inner_momentum: "as they were|rate"},
     "ex8": {outer(at_shared=True): "θ_i", outer(on_support=True): "query set", outer(total=True): "mean over all tasks",
-            outer(last=True): "last one's", outer(early=True): "forward pass", outer(keep=True): "as it was|at θ anew"},
+            outer(last=True): "last one's", outer(early=True): "forward pass", outer(keep=True): "as it was|at θ anew",
+            ("adapted_to", adapted(careless=True)): "try … finally", ("adapted_to", adapted(random=True)): "fork_rng",
+            ("adapted_to", adapted(stay=True)): "as it was|at θ anew|should be back",
+            ("adapted_to", adapted(same=True)): "where the one before", ("adapted_to", adapted(late=True)): "before any step"},
+    "ex9": {align_step(weight=False): "Is λ there", align_step(both=True): "on the alignment alone",
+            align_step(detached=True): "its gradient", align_step(kind="kl"): "config.align",
+            align_step(twice=True): "one forward pass", align_step(attached=True): "detach it",
+            align_step(total=True): "L_task alone", align_step(no_backward=True): "by backward"},
 }
 
 
@@ -321,19 +380,26 @@ def complaints(tag):
             A, heads = torch.full((8, 900), 5.0), torch.full((4, 1600, 8), 5.0)
             cases = [((A, heads, multihead.random_start(A, heads, gamma=64)),)]
         else:
-            cases = [(count,) for count in marks["parametrize"].args[1]] if "parametrize" in marks else [()]
+            cases = [(case,) for case in marks["parametrize"].args[1]] if "parametrize" in marks else [()]
         for case in cases:
             try:
                 test(*case)
-            except (AssertionError, pytest.fail.Exception, RuntimeError, TypeError) as error:
+            except (AssertionError, pytest.fail.Exception, RuntimeError, TypeError, IndexError) as error:
                 said.append(str(error))
     return said
+
+
+def put_in(monkeypatch, tag, answer):
+    """Put an answer, or (function's name, answer), in the place of an exercise."""
+    *_, last = [name for found, _, name, *_ in found_exercises() if found == tag]
+    name, answer = answer if isinstance(answer, tuple) else (last, answer)
+    monkeypatch.setattr(PLACES[name], name, answer)
 
 
 @pytest.mark.parametrize("tag, number", [(tag, number) for tag in TAGS for number in range(len(WRONG[tag]))])
 def test_a_wrong_answer_is_told_what_to_look_at(monkeypatch, tag, number):
     answer, hint = list(WRONG[tag].items())[number]
-    monkeypatch.setattr(MODULES[tag], found_exercises()[tag][1], answer)
+    put_in(monkeypatch, tag, answer)
     said = complaints(tag)
     assert said, "this wrong answer passes"
     assert re.search(hint, "\n".join(said)), said
@@ -341,7 +407,7 @@ def test_a_wrong_answer_is_told_what_to_look_at(monkeypatch, tag, number):
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_the_packages_own_answer_passes(tag):
-    assert len(WRONG[tag]) >= 4 and complaints(tag) == []
+    assert len(WRONG[tag]) >= 6 and complaints(tag) == []
 
 
 def test_another_right_answer_passes(monkeypatch):
@@ -351,15 +417,13 @@ def test_another_right_answer_passes(monkeypatch):
         return torch.cat([z[..., i, :] * weights[..., i, None] for i in range(len(heads))], -1) @ torch.cat(
             [head.T for head in heads])
 
-    def divergence(mean, variance, other_mean, other_variance):
-        one = torch.distributions.Normal(mean, variance.sqrt())
-        other = torch.distributions.Normal(other_mean, other_variance.sqrt())
-        both = torch.distributions.kl_divergence(one, other) + torch.distributions.kl_divergence(other, one)
-        return both.sum() / 2
+    def places(attention_mask, task_ids):
+        row, column = torch.where(attention_mask == 1)
+        return row * attention_mask.shape[1] + column, task_ids[row]
 
     def step(parameters, gradients, inner_lr):
         for parameter, gradient in zip(parameters, gradients):
             parameter.data = parameter.data - inner_lr * gradient
-    for tag, answer in (("ex1", forward), ("ex3", heads), ("ex5", divergence), ("ex7", step)):
-        monkeypatch.setattr(MODULES[tag], found_exercises()[tag][1], answer)
+    for tag, answer in (("ex1", forward), ("ex3", heads), ("ex5", places), ("ex7", step)):
+        put_in(monkeypatch, tag, answer)
         assert complaints(tag) == []

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylora_mtl import AdapterConfig, LoRALinear, adapter_parameters, add_adapters, align, meta, multihead
-from tinylora_mtl.lab import heads as lab_heads
+from tinylora_mtl import AdapterConfig, LoRALinear, adapter_parameters, add_adapters, align, meta, multihead, train
+from tinylora_mtl.config import TrainConfig
 from tinylora_mtl.loss import label_loss
 
 X = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
@@ -20,7 +20,8 @@ def close(found, expected, message, **tolerances):
     """Equal but for rounding; or else the message, which says where to look, with both values."""
     assert isinstance(found, torch.Tensor), f"a tensor is to be returned, not {type(found).__name__}"
     expected = torch.as_tensor(expected)
-    assert found.shape == expected.shape, f"the shape is {list(found.shape)}, it should be {list(expected.shape)}"
+    if found.shape != expected.shape:
+        pytest.fail(f"the shape is {list(found.shape)}, it should be {list(expected.shape)}\n{message}", pytrace=False)
     if not torch.allclose(found.double(), expected.double(), **{"rtol": 1e-4, "atol": 1e-5} | tolerances):
         pytest.fail(f"{message}\nfound:    {found.tolist()}\nexpected: {expected.tolist()}", pytrace=False)
 
@@ -203,7 +204,37 @@ def test_ex4_gamma_shrinks_the_start():
     assert A.std().item() == pytest.approx(SPREAD / 2 / math.sqrt(900), rel=0.03), "four times γ should halve A: √γ"
 
 
-# ------------------------------------------------------------------------------- ex5 and ex6: the KL divergence
+# ----------------------------------------------------------------------------------- ex5: the tasks' real tokens
+@pytest.mark.ex5
+def test_ex5_by_hand():
+    places, owner = align.tokens_and_owners(torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([4, 2]))
+    close(places, [1, 2, 3, 4, 5], "the places of the ones in the flattened mask, row after row; 0 is padding")
+    close(owner, [4, 4, 2, 2, 2], "whose each of them is: every real token of a row belongs to that row's task")
+    assert places.dtype == owner.dtype == torch.int64, "both are int64, for they are indices"
+
+
+@pytest.mark.ex5
+def test_ex5_padding_on_any_side_and_tasks_in_any_order():
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0]])
+    places, owner = align.tokens_and_owners(mask, torch.tensor([1, 7, 0, 1]))
+    close(places, [0, 3, 8, 9, 10, 13], "only the mask says what is real: not the length of a row, nor that padding stands "
+                                        "on the left")
+    close(owner, [1, 1, 0, 0, 0, 1], "a token is of its own row's task; rows of a task need not stand together, and a row "
+                                     "without real tokens has none")
+
+
+@pytest.mark.ex5
+def test_ex5_more_padding_changes_no_alignment():
+    torch.manual_seed(0)
+    mask, ids = torch.ones(4, 5, dtype=torch.int64), torch.tensor([0, 1, 0, 1])
+    z = torch.randn(4, 5, 3, requires_grad=True)
+    wide = torch.cat([torch.zeros(4, 2, 3), z], dim=1)  # two columns of padding on the left
+    losses = [align.alignment_loss({"layer": features}, {"attention_mask": m, "task_ids": ids})
+              for features, m in ((z, mask), (wide, torch.cat([torch.zeros(4, 2, dtype=torch.int64), mask], dim=1)))]
+    close(losses[1], losses[0], "two columns of padding changed the alignment loss: its statistics are of real tokens")
+
+
+# --------------------------------------------------------------------- ex6: the KL divergence of all pairs of tasks
 def gaussians(count, width=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(count, width, generator=generator)
@@ -216,30 +247,12 @@ def reference(mean, variance, other_mean, other_variance):
     return (kl_divergence(one, other).sum() + kl_divergence(other, one).sum()) / 2
 
 
-@pytest.mark.ex5
-def test_ex5_by_hand():
-    one = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0])
-    other = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0])
-    close(lab_heads.symmetric_kl(*one, *other), 2.5625,
-          "½ (KL there + KL back), summed over the features. Is it halved? Are they variances, not standard deviations? "
-          "A sum over the features, not a mean?")
-
-
-@pytest.mark.ex5
-def test_ex5_there_and_back():
-    (first, second), (v, w) = gaussians(2)
-    found = lab_heads.symmetric_kl(first, v, second, w)
-    close(lab_heads.symmetric_kl(second, w, first, v), found.item(), "symmetric: the two may change places")
-    close(found, reference(first, v, second, w), "it differs from ½ (KL(t‖t') + KL(t'‖t)) by torch.distributions")
-
-
-@pytest.mark.ex5
-def test_ex5_of_the_same_is_zero_and_the_gradient_draws_the_means_together():
-    (first, second), (v, w) = gaussians(2, seed=1)
-    close(lab_heads.symmetric_kl(first, v, first, v), 0.0, "the divergence of a Gaussian from itself is 0")
-    first.requires_grad_()
-    lab_heads.symmetric_kl(first, v, second, w).backward()
-    assert ((first.grad > 0) == (first > second)).all(), "the gradient should draw the means together"
+@pytest.mark.ex6
+def test_ex6_by_hand():
+    mean, variance = torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([[1.0, 4.0], [1.0, 1.0]])
+    close(align.kl_all_pairs(mean, variance), 2.5625,
+          "two tasks: ½ (KL there + KL back), summed over the features. Is it halved? Are they variances, not standard "
+          "deviations? A sum over the features, not a mean?")
 
 
 @pytest.mark.ex6
@@ -248,8 +261,8 @@ def test_ex6_against_all_pairs(count):
     mean, variance = gaussians(count, seed=count)
     expected = sum(reference(mean[i], variance[i], mean[j], variance[j]) for i in range(count) for j in range(i))
     close(align.kl_all_pairs(mean, variance), expected,
-          "Σ over pairs i < j: is each pair counted once, is it a sum and not a mean, and is the T² of each feature there? "
-          "The ¼ belongs to all of it", rtol=1e-3)
+          "Σ over pairs i < j: is each pair counted once, and is it a sum over them, not a mean? What the -1 of each KL adds "
+          "up to belongs to every feature", rtol=1e-3)
 
 
 @pytest.mark.ex6
@@ -260,7 +273,7 @@ def test_ex6_without_a_loop_over_pairs():
             align.kl_all_pairs(*gaussians(count))
         counts.append((seen.count, seen.largest))
     (few, _), (many, largest) = counts
-    assert many <= few + 2, f"{few} operations for 4 tasks, {many} for 64: pull the sums inside, as the equation does"
+    assert many <= few + 2, f"{few} operations for 4 tasks, {many} for 64: write the sum over all i and j out, and pull the sums over i inside"
     assert largest <= 64 * 3, "there should be no tensor with an entry for every pair of tasks"
 
 
@@ -268,8 +281,8 @@ def test_ex6_without_a_loop_over_pairs():
 def test_ex6_a_mean_that_all_tasks_share_changes_nothing():
     mean, variance = gaussians(5)
     far = align.kl_all_pairs(mean + 3000, variance)
-    close(far, align.kl_all_pairs(mean, variance), "only differences of means count: take the mean of the means away first, "
-                                                   "or large numbers lose their digits", rtol=1e-2)
+    close(far, align.kl_all_pairs(mean, variance), "only differences of means count, and the squares of large numbers lose "
+                                                   "their digits: take what all means have in common away first", rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------- ex7: the inner step
@@ -294,7 +307,7 @@ def test_ex7_the_gradients_are_left_alone_and_there_is_no_memory():
     assert parameter.requires_grad and parameter.is_leaf, "no graph through the step: first order"
 
 
-# ------------------------------------------------------------------------------------ ex8: the outer gradient
+# ---------------------------------------------------------------------------- ex8: both stages of a round
 def round_of_tasks(count=2):
     model = make_llama()
     add_adapters(model, AdapterConfig("lora", rank=2, alpha=4))
@@ -334,6 +347,44 @@ def expect(found, expected, message):
     assert set(found) == set(expected), "{name: gradient} for every adapter parameter is to be returned"
     for name in expected:
         close(found[name], expected[name], f"{name}: {message}", rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.ex8
+def test_ex8_within_the_block_the_adapter_is_adapted():
+    model, ((support, query),) = round_of_tasks(1)
+    parameters = adapter_parameters(model)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    expected = dict(before)
+    for _ in range(3):
+        gradients = at_adapted(model, support, support, 0.5, 0)
+        expected = {name: parameter - 0.5 * gradients[name] for name, parameter in expected.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(expected[name])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+    with meta.adapted_to(model, support, 0.5, 3) as losses:
+        for name, parameter in parameters.items():
+            close(parameter, expected[name], f"{name}: within the block it should be θ_i, after 3 steps on the support set; "
+                                             "each step's gradient is taken where the one before has led", atol=1e-6)
+    assert len(losses) == 3, f"a loss for each step is to be yielded, 3 here, not {len(losses)}"
+    close(losses[0], label_loss(model, support), "the first loss is that before any step, at θ")
+
+
+@pytest.mark.ex8
+def test_ex8_theta_comes_back_if_something_fails_and_no_random_number_is_used_up():
+    model, ((support, _),) = round_of_tasks(1)
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    drawing = model.register_forward_hook(lambda *_: torch.rand(3) is None or None)  # as dropout does
+    with pytest.raises(KeyError), meta.adapted_to(model, support, 0.5, 1):
+        raise KeyError
+    drawing.remove()
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(parameter, before[name]), "θ should be back although the block failed: try … finally"
+    assert torch.equal(torch.get_rng_state(), state), "the inner steps use random numbers up: take them within fork_rng(model)"
 
 
 @pytest.mark.ex8
@@ -379,3 +430,47 @@ def test_ex8_the_shared_adapter_is_left_as_it_was():
     for first, second, query in losses:
         assert second < first, "the inner steps should lower the support loss"
         assert query > 0
+
+
+# ------------------------------------------------------------------------------- ex9: a training step of Align-LoRA
+def align_step(kind="kl", weight=2.0):
+    """(what the exercise returned, its gradients, L_task, L_align, the gradients of their sum), on a tiny model."""
+    model, batch = make_llama(), make_batch(seed=3, tasks=(0, 1))
+    add_adapters(model, AdapterConfig("lora", rank=2, alpha=4))
+    randomize_adapters(model)
+    config, parameters = TrainConfig(align=kind, align_weight=weight), adapter_parameters(model)
+    with align.collect_features(model) as features:
+        loss = label_loss(model, batch)
+    alignment = align.alignment_loss(features, batch, kind)
+    expected = torch.autograd.grad(loss + weight * alignment, list(parameters.values()))
+    passes = []
+    counting = model.register_forward_hook(lambda *_: passes.append(1))
+    returned = train.align_gradients(model, batch, config)
+    counting.remove()
+    return returned, parameters, loss, alignment, expected, len(passes)
+
+
+@pytest.mark.ex9
+@pytest.mark.parametrize("kind", ["kl", "mmd"])
+def test_ex9_the_gradients_are_those_of_both_terms(kind):
+    _, parameters, _, _, expected, _ = align_step(kind)
+    for (name, parameter), gradient in zip(parameters.items(), expected):
+        assert parameter.grad is not None, f"{name} has no gradient: the step is to leave them in .grad, by backward()"
+        close(parameter.grad, gradient, f"{name}: the gradient should be that of L_task + λ · L_align. Is λ there, on the "
+                                        "alignment alone? Has the alignment its gradient? Is its form config.align?", atol=1e-6)
+
+
+@pytest.mark.ex9
+def test_ex9_what_is_returned():
+    returned, _, loss, alignment, _, _ = align_step()
+    assert set(returned) == {"loss", "alignment"}, 'the log is to have "loss" and "alignment"'
+    close(returned["loss"], loss, '"loss" is L_task alone, so that it can be compared with LoRA\'s')
+    close(returned["alignment"], alignment, '"alignment" is L_align, without λ')
+    for name, value in returned.items():
+        assert not value.requires_grad, f"{name} is for the log: detach it, or the whole graph is kept"
+
+
+@pytest.mark.ex9
+def test_ex9_one_forward_pass_is_enough():
+    *_, passes = align_step()
+    assert passes == 1, f"the features come from the pass that gives the loss: one forward pass, not {passes}"

@@ -7,6 +7,7 @@ import torch
 
 from tinylora_mtl.batching import BalancedBatches, Episodes, collate, encode, encode_prompt, encode_target
 from tinylora_mtl.data.tasks import Task
+from tinylora_mtl.run.checkpoint import place_of, put_back
 
 
 class Letters:
@@ -168,19 +169,19 @@ def some(batches, count=8):
 
 
 @pytest.mark.parametrize("kind", ["batches", "episodes"])
-def test_the_seed_decides_and_a_state_goes_on(kind):
-    """From any place: in the middle of a pass too, and however far the one that takes the state has gone."""
+def test_the_seed_decides_and_a_place_is_gone_on_from(kind):
+    """From any place: in the middle of a pass too, and however far the one that is put there has gone."""
     first = some(batches_of(kind))
     torch.testing.assert_close(first, some(batches_of(kind, seed=0)), atol=0, rtol=0)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(first, some(batches_of(kind, seed=1)), atol=0, rtol=0)
     going = batches_of(kind)
     some(going, 3)
-    state = going.state_dict()
+    place = place_of(going)
     expected = some(going)
     for other in (going, batches_of(kind, seed=5)):
-        other.load_state_dict(state)
-        torch.testing.assert_close(some(other), expected, atol=0, rtol=0)  # nor has going on changed the state
+        put_back(other, place)
+        torch.testing.assert_close(some(other), expected, atol=0, rtol=0)  # nor has going on changed the place
 
 
 def test_prompts_are_cut_to_the_length_that_is_asked_for():

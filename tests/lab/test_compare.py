@@ -25,6 +25,7 @@ from tinylora_mtl.lab.claims import (COST_REPEATS, COSTS, T_975, UNITS, VARIANTS
 from tinylora_mtl.lab.plan import INNER_RATES, PRESETS, SAMPLE_COUNTS, SEARCH_SEEDS, Run, make_plan, match
 from tinylora_mtl.lab.report import PUBLISHED, conditions_text, judge_claims, markdown, summary
 from tinylora_mtl.run import fingerprints, gradients, training
+from tinylora_mtl.run.checkpoint import place_of, put_back
 from tinylora_mtl.run.folder import locked
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.run.settings import read_config
@@ -626,9 +627,9 @@ def test_shuffled_groups_have_the_sizes_of_the_tasks_and_other_members(monkeypat
         config, model, batches = cost.begin_run(TrainConfig(
             tasks=["word_sorting", "dyck_languages"], steps=3, batch_size=16, samples=8, rank=2,
             shuffle_groups=shuffled, device="cpu"))
-        start = batches.state_dict()
+        start = place_of(batches)
         true = [next(batches) for _ in range(3)]
-        batches.load_state_dict(start)
+        put_back(batches, start)
         del used[:]
         list(train.train(model, train.TrainState(model, batches, config), config, gradients.gradients_for(config)))
         ids, got = ([batch["task_ids"].tolist() for batch in drawn] for drawn in (true, used))

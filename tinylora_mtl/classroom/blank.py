@@ -3,6 +3,10 @@
 The package with the bodies of the exercises taken out, their tests, and the README. An exercise is a function whose
 docstring begins with [ex1], [ex2], …: that docstring is its whole specification. A student fills the bodies in, runs
 `pytest -m ex1`, and at the end `python -m tinylora_mtl.train` runs on the student's own code.
+
+    python -m tinylora_mtl.classroom.blank --teacher DIR
+
+writes what the student should not have: the solutions, answers to the walkthrough's questions, more tests, the marks.
 """
 
 import ast
@@ -13,6 +17,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 BESIDE = ("README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
+FOR_TEACHERS = ("tests/conftest.py", *(f"tests/classroom/{name}" for name in (
+    "test_exercises.py", "test_hidden.py", "marks.json", "answers.md")))
 TAG = re.compile(r"\[(ex\d+)\] ")
 
 
@@ -44,12 +50,7 @@ def make_handout(folder):
     Raises FileExistsError for a folder that is there already (it may hold a student's work), and FileNotFoundError
     where there is only the installed package, without the tests and the README.
     """
-    folder, root = Path(folder), PACKAGE.parent
-    missing = [name for name in BESIDE if not (root / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"a handout is made from a copy of the source: there is no {root / missing[0]}")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; name a new folder")
+    folder = new_folder(folder, BESIDE)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (folder / PACKAGE.name / "gallery").glob("[!_]*.py"):  # methods that differ from LoRA by a few lines,
         file.unlink()  # so that many of the others solve an exercise; how to write one of one's own stays
@@ -60,8 +61,34 @@ def make_handout(folder):
         file.write_text(blanked(source), encoding="utf-8", newline="\n")
     (folder / "tests" / "classroom").mkdir(parents=True)
     for name in BESIDE:
-        shutil.copyfile(root / name, folder / name)
+        shutil.copyfile(PACKAGE.parent / name, folder / name)
     return sorted(found)
+
+
+def new_folder(folder, needed):
+    """The Path of a folder to be made, once it is sure that it can be filled from this copy of the source."""
+    folder, missing = Path(folder), [name for name in needed if not (PACKAGE.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"it is made from a copy of the source: there is no {PACKAGE.parent / missing[0]}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; name a new folder")
+    return folder
+
+
+def make_teachers_folder(folder):
+    """Write the teacher's folder, which `grade` needs; returns it. Errors as `make_handout`."""
+    folder = new_folder(folder, FOR_TEACHERS)
+    folder.mkdir(parents=True)
+    for name in FOR_TEACHERS:
+        shutil.copyfile(PACKAGE.parent / name, folder / Path(name).name)
+    (folder / "pytest.ini").write_text("[pytest]\n")  # so that no settings around it count
+    parts = ["# Solutions\n"]
+    for file in sorted(PACKAGE.rglob("*.py")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        parts += [f"## {tag}: `{name}` in {file.relative_to(PACKAGE).as_posix()}\n\n```python\n"
+                  + "\n".join(lines[first - 1:last]) + "\n```\n" for tag, name, first, last in exercises("\n".join(lines))]
+    (folder / "solutions.md").write_text("\n".join(sorted(parts)), encoding="utf-8", newline="\n")
+    return folder
 
 
 def main(argv=None):
@@ -69,6 +96,9 @@ def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in (["-h"], ["--help"]):
         return print(__doc__)
+    if arguments[:1] == ["--teacher"] and len(arguments) == 2:
+        return print(f"solutions, answers, tests and marks are in {make_teachers_folder(arguments[1])}; to grade: "
+                     f"python -m tinylora_mtl.classroom.grade DIR --tests {arguments[1]}")
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("one new folder is to be named: python -m tinylora_mtl.classroom.blank DIR")
     for tag, file, name in make_handout(arguments[0]):

@@ -29,6 +29,7 @@ from ..loss import NO_LABEL, label_logits, label_loss
 from ..meta import meta_gradients
 from ..multihead import MultiHeadLoRALinear
 from ..run import cli, files, models
+from ..run.checkpoint import place_of, put_back
 from ..targets import target_names
 from ..train import TrainState, train
 from .cost import begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
@@ -132,7 +133,7 @@ def run_and_trainer(config):
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     config, model, batches = begin_run(replace(config, steps=RUN_STEPS))
     theirs = peft_model(config, list(find_adapters(model)), 0.0)
-    start = batches.state_dict()
+    start = place_of(batches)
     rows = [{"input_ids": ids[real > 0].tolist(), "labels": labels[real > 0].tolist()}
             for batch in itertools.islice(batches, RUN_STEPS)
             for ids, real, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"])]
@@ -143,7 +144,7 @@ def run_and_trainer(config):
             return None
 
     def ours():
-        batches.load_state_dict(start)
+        put_back(batches, start)
         return [metrics["loss"].item() for _, metrics in train(model, TrainState(model, batches, config), config)]
 
     def trainer():

@@ -82,7 +82,7 @@ def collect(model, tokenizer, tasks, max_length, part="lora_A"):
 
 
 def symmetric_kl(mean, variance, other_mean, other_variance):
-    """[ex5] The symmetric KL divergence ½ (KL(t‖t') + KL(t'‖t)) of two diagonal Gaussians, summed over the features.
+    """The symmetric KL divergence ½ (KL(t‖t') + KL(t'‖t)) of two diagonal Gaussians, summed over the features.
 
     All four [r] -> a scalar. Per feature, with means μ and μ' and variances v and v',
         KL(t‖t') = ½ [ log(v'/v) + (v + (μ - μ')²) / v' - 1 ]

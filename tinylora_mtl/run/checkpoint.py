@@ -5,6 +5,7 @@ made of a dict. It is written aside and renamed, and the one before is kept, so 
 that is whole; a checksum tells that a file is whole, not who wrote it. Reading one runs no code (weights_only=True).
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -89,7 +90,7 @@ def capture(state, progress, model):
             "adapter": {name: parameter.detach() for name, parameter in state.parameters.items()},
             "buffers": adapter_buffers(model),
             "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(),
-            "batches": state.batches.state_dict(), "random": random, "random_of_others": others} | asdict(progress)
+            "batches": place_of(state.batches), "random": random, "random_of_others": others} | asdict(progress)
 
 
 @torch.no_grad()
@@ -117,12 +118,23 @@ def restore(content, state, model):
     state.step = content["step"]
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
-    state.batches.load_state_dict(content["batches"])
+    put_back(state.batches, content["batches"])
     if process_rank() < len(random):  # else there are more processes now
         torch.set_rng_state(random[process_rank()]["cpu"])
         if len(random[process_rank()].get("cuda", ())) == torch.cuda.device_count() > 0:  # else on other hardware
             torch.cuda.set_rng_state_all(random[process_rank()]["cuda"])
     return progress
+
+
+def place_of(batches):
+    """Where the draw of BalancedBatches or Episodes stands, for `put_back`."""
+    return {"rng": batches.rng.getstate(), "waiting": copy.deepcopy(batches.waiting)}
+
+
+def put_back(batches, place):
+    """Have batches of the same tasks go on from where `place_of` was taken."""
+    batches.rng.setstate(place["rng"])
+    batches.waiting = copy.deepcopy(place["waiting"])
 
 
 def adapter_buffers(model):
