@@ -115,13 +115,20 @@ def test_what_is_printed_and_written(trained, short, capsys, monkeypatch):
     report = heads.main(["--run", str(trained / "rlora"), "--device", "cpu"])
     printed = capsys.readouterr()
     assert json.loads((trained / "rlora" / "heads.json").read_text()) == report
-    assert "model.layers.4.mlp.down_proj" in printed.out and "no pictures: they need matplotlib" in printed.err
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    shown = {line.split()[0]: line.split()[1:] for line in printed.out.splitlines() if line.strip()}
+    for kind in kinds:
+        own = [layer for layer in report["layers"] if layer["layer"].endswith(kind)]
+        assert len(own) == 5
+        assert shown[kind][1] == f"{sum(layer['head_cosine'] for layer in own) / 5:.2f}"
+        assert shown[kind][4] == f"{sum(layer['distance'] for layer in own) / 5:.2f}"
+    assert "no pictures: they need matplotlib" in printed.err
     assert list(report["router"]) == ["word_sorting", "dyck_languages"]
     layers = report["layers"]
     assert len(layers) == 35 and all(layer["head_cosine_start"] == pytest.approx(-0.25, abs=0.02) for layer in layers)
     assert all(layer["distance"] != layer["distance_start"] > 0 for layer in layers)
     mean = sum(layer["distance"] for layer in layers) / 35
-    line, = [line for line in printed.out.splitlines() if line.startswith("mean of the layers")]
+    line, = [line for line in printed.out.splitlines() if line.startswith("all ")]
     assert line.split()[-1] == f"{mean:.2f}"
 
     report = heads.main(["--run", str(trained / "align"), "--device", "cpu"])

@@ -84,9 +84,10 @@ def make_teachers_folder(folder):
     (folder / "pytest.ini").write_text("[pytest]\n")  # so that no settings around it count
     parts = ["# Solutions\n"]
     for file in sorted(PACKAGE.rglob("*.py")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        parts += [f"## {tag}: `{name}` in {file.relative_to(PACKAGE).as_posix()}\n\n```python\n"
-                  + "\n".join(lines[first - 1:last]) + "\n```\n" for tag, name, first, last in exercises("\n".join(lines))]
+        text, short = file.read_text(encoding="utf-8"), file.relative_to(PACKAGE).as_posix()
+        for tag, name, first, last in exercises(text):
+            body = "\n".join(text.splitlines()[first - 1:last])
+            parts.append(f"## {tag}: `{name}` in {short}\n\n```python\n{body}\n```\n")
     (folder / "solutions.md").write_text("\n".join(sorted(parts)), encoding="utf-8", newline="\n")
     return folder
 

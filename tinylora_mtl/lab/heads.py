@@ -22,7 +22,7 @@ from ..run import adapter_files, cli, files, fingerprints, models, settings
 from ..run.likeness import cosines, head_cosines, mean_of_pairs
 from ..run.methods import typed_method
 from ..run.scoring import tell_task
-from .pictures import draw_heads
+from .pictures import by_kind, draw_heads
 
 SAMPLES = 50  # validation samples of each task whose features are looked at
 
@@ -151,7 +151,7 @@ def inspect_run(folder, device="auto", tasks=None):
     if any(getattr(adapter, "router", None) for adapter in adapters.values()):
         router = router_weights(collect(model, tokenizer, tasks, config.max_length, "router")[0]).mean(0).tolist()
     back_to_start(model, config)
-    _, _, apart_at_start, heads_alike_at_start = state()
+    features_at_start, _, apart_at_start, heads_alike_at_start = state()
     columns = {"layer": adapters, "head_cosine_start": heads_alike_at_start, "head_cosine": heads_alike,
                "task_cosine": of_pairs(task_cosines(features)), "distance_start": of_pairs(apart_at_start),
                "distance": of_pairs(apart)}
@@ -159,22 +159,24 @@ def inspect_run(folder, device="auto", tasks=None):
                 "layers": [dict(zip(columns, layer)) for layer in zip(*columns.values())],
                 "distances": {name: dict(zip(names, row)) for name, row in zip(names, apart.mean(0).tolist())},
                 "router": dict(zip(names, router))}
-    return findings, (heads, principal_components(features))
+    return findings, (heads, [principal_components(found) for found in (features_at_start, features)])
 
 
 def findings_text(findings):
-    """Lines of text: a row for each layer, then the tasks' distances and the router's weights."""
+    """Lines of text: a row for each kind of layer, then the tasks' distances and the router's weights."""
     def row(name, values, digits=2):
         return f"{name:38}" + "".join(f"{'-' if value is None else f'{value:.{digits}f}':>9}" for value in values)
 
-    rows = [[value for name, value in layer.items() if name != "layer"] for layer in findings["layers"]]
-    columns = [[value for value in column if value is not None] for column in zip(*rows)]
-    means = [sum(column) / len(column) if column else None for column in columns]
+    def means(layers):  # of each column, where there is something
+        columns = zip(*([value for name, value in layer.items() if name != "layer"] for layer in layers))
+        found = [[value for value in column if value is not None] for column in columns]
+        return [sum(column) / len(column) if column else None for column in found]
+
     lines = [f"{'':38}{'heads alike':>18}{'tasks':>9}{'tasks apart':>18}",
-             f"{'layer':38}" + "".join(f"{time:>9}" for time in ("start", "now", "now", "start", "now"))]
-    lines += [row(layer["layer"][-37:], values) for layer, values in zip(findings["layers"], rows)]
-    lines += [row("mean of the layers", means), "",
-              "heads alike: mean cosine between heads, -: none, or heads of zeros; tasks: mean cosine between the",
+             f"{'mean of the layers of a kind':38}{'start':>9}{'now':>9}{'now':>9}{'start':>9}{'now':>9}"]
+    lines += [row(kind[-37:], means(layers)) for kind, layers in by_kind(findings["layers"]).items()]
+    lines += [row("all", means(findings["layers"])), "",
+             "heads alike: mean cosine between heads, -: none, or heads of zeros; tasks: mean cosine between the",
               "tasks' mean features; tasks apart: mean KL divergence between their features, in nats"]
     if len(findings["distances"]) > 1:
         lines += ["", "how far apart the tasks are, in the same order, mean of the layers"]

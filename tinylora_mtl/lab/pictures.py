@@ -28,14 +28,14 @@ def matplotlib_is_missing():
 
 
 @contextmanager
-def picture(folder, name, height, columns=1, **options):
+def picture(folder, name, height, columns=1, rows=1, **options):
     """Yields (figure, axes) of 8 inches by `height` to draw on, without a display; NAME.png and NAME.svg come of it."""
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
                                 "axes.spines.right": False, "svg.hashsalt": "tinylora_mtl"})  # always the same file
     figure = Figure(figsize=(8, height), layout="constrained")
-    yield figure, figure.subplots(1, columns, **options)
+    yield figure, figure.subplots(rows, columns, **options)
     figure.savefig(folder / f"{name}.png", dpi=200)  # twice 800 pixels, for sharp screens
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
@@ -105,44 +105,65 @@ def accuracies_by_count(results, method, where):
 
 
 def draw_cosines(runs, folder):
-    """Claim 1: how alike the heads are during training, the mean of the layers, a line for each seed."""
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    with picture(folder, "cosines", 3.6) as (_, axes):
-        for run in runs:
-            number = methods.index(run["method"])
-            points = [(step, value) for step, value in run["cosine_curve"] if value is not None]
-            axes.plot(*zip(*points), color=COLOURS[number], marker=MARKS[number], markersize=3.5,
-                      label=run["method"] if run["seed"] == 0 else None)
-        axes.axhline(0, color=BLACK, linewidth=0.8)
-        axes.set(xlabel="optimiser step", ylabel="mean cosine between heads\n(1: copies, 0: unrelated)")
-        axes.legend(frameon=False)
+    """Claims 1 and 9: how alike the heads are during training, the mean of the layers, a line for each seed."""
+    panels = {"with a router": {"hydralora": "HydraLoRA, zero", "rlora": "R-LoRA, as in the paper",
+                                "rlora_dropout": "R-LoRA, zero", "rlora_released": "R-LoRA, as released"},
+              "without a router": {"mlora_heads": "M-LoRA, as in the paper", "mlora_zero": "M-LoRA, zero",
+                                   "mlora_released": "M-LoRA, as released"}}
+    drawn = {title: {method: label for method, label in labels.items() if any(run["method"] == method for run in runs)}
+             for title, labels in panels.items()}
+    drawn = {title: labels for title, labels in drawn.items() if labels}
+    with picture(folder, "cosines", 4.0, len(drawn), sharey=True, squeeze=False) as (_, (row,)):
+        for axes, (title, labels) in zip(row, drawn.items()):
+            for run in (run for run in runs if run["method"] in labels):
+                label = labels[run["method"]]  # the colour tells the start
+                number = {"zero": 0, "as in the paper": 1, "as released": 2}[label.split(", ")[1]]
+                points = [(step, value) for step, value in run["cosine_curve"] if value is not None]
+                axes.plot(*zip(*points), color=COLOURS[number], marker=MARKS[number], markersize=3.5,
+                          linestyle="--" if run["method"] == "hydralora" else "-",
+                          label=label if run["seed"] == 0 else None)
+            axes.axhline(0, color=BLACK, linewidth=0.8)
+            axes.set(xlabel="optimiser step", title=title)
+            axes.legend(frameon=False, fontsize=8)
+        row[0].set_ylabel("mean cosine between heads\n(1: copies, 0: unrelated)")
+
+
+def by_kind(layers):
+    """{"q_proj": its rows of heads.json, from the first block to the last, …}."""
+    kinds = {}
+    for layer in layers:
+        kinds.setdefault(layer["layer"].rsplit(".", 1)[-1], []).append(layer)
+    return kinds
 
 
 def draw_heads(findings, matrices, components, folder):
-    """heads: heads and tasks by layer, and the samples' features by task; head_cosines: the figure of R-LoRA's paper.
+    """heads: heads (or tasks) by kind of layer, and the samples' features by task at the start and now.
 
-    matrices: the cosines of every pair of heads, [N, N] for each layer. Returns the paths of the files.
+    head_cosines: the figure of R-LoRA's paper, from matrices, the cosines of all pairs of heads, [N, N] for each layer.
+    components: what `principal_components` gives, at the start and now. Returns the paths of the files.
     """
     if matplotlib_is_missing():
         return []
-    with picture(folder, "heads", 4.2, 2) as (_, (left, right)):
-        for name, label, colour, style in (("head_cosine_start", "heads, at the start", SKY, ":"),
-                                           ("head_cosine", "heads, now", BLUE, "-"),
-                                           ("task_cosine", "tasks' mean features, now", ORANGE, "--")):
-            values = [layer[name] for layer in findings["layers"]]
+    name = "head_cosine" if matrices else "task_cosine"
+    with picture(folder, "heads", 4.2, 3) as (_, (left, *panels)):
+        for number, (kind, layers) in enumerate(by_kind(findings["layers"]).items()):
+            values = [layer[name] for layer in layers]
             if None not in values:
-                left.plot(range(1, len(values) + 1), values, style, color=colour, label=label)
+                left.plot(range(1, len(values) + 1), values, MARKS[number % len(MARKS)] + "-", markersize=3.5,
+                          color=COLOURS[number % len(COLOURS)], label=" " + kind)
         left.axhline(0, color=BLACK, linewidth=0.8)
-        left.set(xlabel="adapted layer, from the first to the last", ylabel="mean cosine over pairs")
-        points, owner, shares = components
-        for i, task in enumerate(findings["distances"]):
-            right.plot(*points[owner == i].T.tolist(), MARKS[i % len(MARKS)], markersize=3.5,
-                       label=" " + task.replace("$", r"\$"),  # no formula, and no name that begins with _
-                       color=COLOURS[i % len(COLOURS)], fillstyle="full" if i < len(COLOURS) else "none")
-        right.set(xlabel=f"first component of A x ({100 * shares[0]:.0f} % of the variance)",
-                  ylabel=f"second component ({100 * shares[1]:.0f} %)")
-        for axes, columns in ((left, 1), (right, 2)):
-            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+        left.set(xlabel="block, from the first to the last", title="cosine between " + (
+            "heads, now" if matrices else "tasks, now"))
+        for axes, (points, owner, shares), when in zip(panels, components, ("at the start", "now")):
+            for i, task in enumerate(findings["distances"]):
+                axes.plot(*points[owner == i].T.tolist(), MARKS[i % len(MARKS)], markersize=3.5,
+                          label=" " + task.replace("$", r"\$"),  # no formula, and no name that begins with _
+                          color=COLOURS[i % len(COLOURS)], fillstyle="full" if i < len(COLOURS) else "none")
+            axes.set(title=f"A x, {when}", xlabel=f"1st component ({100 * shares[0]:.0f} %)",
+                     ylabel=f"2nd component ({100 * shares[1]:.0f} %)")
+        for axes in (left, panels[1]):
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16),
+                        ncols=3 if axes is left else 1)
     if matrices:
         mean = (sum(matrices) / len(matrices)).tolist()
         with picture(folder, "head_cosines", 4.0) as (figure, axes):
@@ -155,3 +176,73 @@ def draw_heads(findings, matrices, components, folder):
             figure.colorbar(image, label="cosine, mean of the layers")
     return [folder / f"{name}.{kind}" for name in (["heads", "head_cosines"] if matrices else ["heads"])
             for kind in ("png", "svg")]
+
+
+def draw_methods(folder):
+    """A diagram of the four methods; grey and hatched is frozen. Returns the file's path."""
+    with picture(folder, "methods", 6.6, 2, rows=2) as (_, panels):
+        for axes, title in zip(panels.flat, ("LoRA\na branch of rank r beside a frozen layer",
+                                             "HydraLoRA, R-LoRA\nheads on one A, weighed by a router",
+                                             "Align-LoRA\na loss draws the tasks' features together",
+                                             "MeTA-LoRA\nadapt to each task, then move what they share")):
+            axes.set(xlim=(0, 10), ylim=(0, 10), title=title)
+            axes.axis("off")
+        lora, hydra, align, meta = panels.flat
+
+        def box(axes, x, y, text, colour, width=1.7, frozen=False):
+            axes.text(x, y, text, ha="center", va="center", fontsize=9, color=BLACK if frozen else "white",
+                      bbox={"boxstyle": f"square,pad={width / 4}", "facecolor": "#eeeeee" if frozen else colour,
+                            "edgecolor": "#999999" if frozen else BLACK, "hatch": "//" if frozen else None})
+
+        def arrow(axes, start, end, text="", colour=BLACK, style="-", at=(0.1, 0.1)):
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "linestyle": style,
+                                                      "shrinkA": 11, "shrinkB": 11})
+            axes.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], text, fontsize=9, color=colour)
+
+        for axes in (lora, align):  # y = W x + s · B A x
+            for place, text in (((1.2, 5), "x"), ((8.8, 5), "y")):
+                axes.text(*place, text, ha="center", va="center", fontsize=11, style="italic")
+            box(axes, 5, 8, "W", BLACK, frozen=True)
+            arrow(axes, (1.2, 5), (5, 8))
+            arrow(axes, (5, 8), (8.8, 5))
+            box(axes, 3.6, 2.6, "A", BLUE)
+            box(axes, 6.4, 2.6, "B", ORANGE)
+            arrow(axes, (1.2, 5), (3.6, 2.6))
+            arrow(axes, (3.6, 2.6), (6.4, 2.6), "z")
+            arrow(axes, (6.4, 2.6), (8.8, 5), "· s", at=(0.2, -0.5))
+        lora.text(5, 0.6, "y = W x + b + s · B A x,  B = 0 at first", ha="center", fontsize=9)
+
+        for place, text in (((0.8, 5), "x"), ((9.4, 5), "y")):
+            hydra.text(*place, text, ha="center", va="center", fontsize=11, style="italic")
+        box(hydra, 5, 9, "W", BLACK, frozen=True)
+        arrow(hydra, (0.8, 5), (5, 9))
+        arrow(hydra, (5, 9), (9.4, 5))
+        box(hydra, 2.8, 4.4, "A", BLUE)
+        arrow(hydra, (0.8, 5), (2.8, 4.4))
+        for i, y in enumerate((6.6, 4.4, 2.2)):
+            box(hydra, 6.2, y, f"B$_{i + 1}$", (ORANGE, RED, PURPLE)[i])
+            arrow(hydra, (2.8, 4.4), (6.2, y))
+            arrow(hydra, (6.2, y), (9.4, 5))
+            hydra.text(6.8, y + (-0.9, -0.6, -0.4)[i], f"· w$_{i + 1}$", fontsize=9, color=GREEN)
+        box(hydra, 2.6, 0.9, "router", GREEN, width=1.4)
+        arrow(hydra, (0.8, 5), (2.6, 0.9))
+        hydra.text(4.1, 0.7, "w = softmax(W$_r$ x), one weight a head", fontsize=9, color=GREEN)
+
+        for x, y, colour, mark in ((4.1, 0.9, PURPLE, "o"), (6.1, 0.9, GREEN, "s")):  # two tasks' clouds of z
+            for dx, dy in ((-0.3, 0.1), (0.1, 0.35), (0.3, -0.1), (-0.05, -0.3), (0.05, 0.0)):
+                align.plot(x + dx, y + dy, mark, color=colour, markersize=4)
+        align.annotate("", (5.6, 0.9), (4.6, 0.9), arrowprops={"arrowstyle": "-|>,head_width=0.2", "color": BLACK})
+        align.annotate("", (4.6, 0.9), (5.6, 0.9), arrowprops={"arrowstyle": "-|>,head_width=0.2", "color": BLACK})
+        align.text(3.6, 0.9, "z of task 1", ha="right", va="center", fontsize=9, color=PURPLE)
+        align.text(6.8, 0.9, "z of task 2", va="center", fontsize=9, color=GREEN)
+
+        theta = (5, 4.6)
+        meta.plot(*theta, "o", color=BLUE, markersize=11)
+        meta.text(theta[0] + 0.4, theta[1] - 0.9, "θ, shared", fontsize=9, color=BLUE)
+        for place, colour, i in (((1.4, 6.8), ORANGE, 1), ((4.2, 8.8), RED, 2), ((8.6, 7.2), PURPLE, 3)):
+            meta.plot(*place, "s", color=colour, markersize=8)
+            arrow(meta, theta, place, colour=colour, style="--")
+            meta.text(place[0], place[1] + 0.6, f"θ$_{i}$", ha="center", fontsize=10, color=colour)
+        arrow(meta, theta, (4.3, 1.6), "θ ← θ - β · mean of ∇L(Q$_i$; θ$_i$)", BLUE, at=(-4.2, -2.6))
+        meta.text(7.3, 4.9, "k steps on its\nsupport set S$_i$", fontsize=9)
+    return folder / "methods.png"
