@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import tinylora_mtl
+from tinylora_mtl.classroom import notebook
 from tinylora_mtl.lab import compare
 from tinylora_mtl.lab.bench import figure_table
 from tinylora_mtl.lab.plan import make_plan
@@ -27,6 +28,7 @@ from tinylora_mtl.run.files import read_json
 
 ROOT = Path(tinylora_mtl.__file__).parents[1]
 READMES = ["README.md", "tinylora_mtl/run/README.md", "tinylora_mtl/lab/README.md"]
+RESULTS = "tinylora_mtl/assets/results/README.md"
 BLOCK = re.compile(r"(?:(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```)", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -125,7 +127,7 @@ def test_what_is_the_same():
     assert same("a\nb\nc\nd\ne", "a\n...\nd\ne") and not same("a\nb\nc\nd\ne", "a\n...\nc\ne")
 
 
-@pytest.mark.parametrize("name", ["walkthrough.md", *READMES])
+@pytest.mark.parametrize("name", ["walkthrough.md", RESULTS, *READMES])
 def test_what_is_made_from_files_and_source_is_up_to_date(name):
     """python tests/test_documents.py --fill makes it anew."""
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -165,23 +167,40 @@ def make_desk(folder):
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
+def test_the_walkthrough_is_an_afternoon():
+    """At most 800 lines, and four hours by the sum of the minutes that it states."""
+    text = (ROOT / "walkthrough.md").read_text(encoding="utf-8")
+    minutes = [int(number) for number in re.findall(r"^\| [^|]+ \| (\d+) \| [^|]+ \|$", text, re.MULTILINE)]
+    assert len(minutes) == 9 and sum(minutes) <= 240 and len(text.splitlines()) <= 800
+    titles = re.findall(r"^## (\d\. .+)$", text, re.MULTILINE)
+    assert len(titles) == 8 and all(f"| {title} |" in text for title in titles)
+    tags = re.findall(r"\[(ex\d)\] Write", text)
+    assert sorted(tags) == [f"ex{number}" for number in range(1, 10)]
+
+
 @pytest.mark.slow
-def test_the_walkthrough_runs_from_start_to_end(tmp_path, monkeypatch):
+def test_the_walkthrough_runs_as_a_notebook_from_top_to_bottom(tmp_path, monkeypatch):
+    """All its cells, in a folder of their own; where the text goes on with what was printed, that is compared."""
     monkeypatch.chdir(tmp_path)
-    make_desk(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook.main(["a notebook.ipynb"])
     (tmp_path / "hidden").mkdir()  # what is shown was printed without pictures
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
-    names, printed, checked = {"__name__": "walkthrough"}, "", 0
-    for mark, language, body in blocks((ROOT / "walkthrough.md").read_text(encoding="utf-8")):
-        if language == "text":
+    names, printed, checked = {"__name__": "walkthrough"}, None, 0
+    for cell in read_json("a notebook.ipynb")["cells"]:
+        if cell["cell_type"] == "code":
+            assert "```" not in cell["source"]
+            command = cell["source"].removeprefix("import sys\n").replace("!{sys.executable}", "python")
+            printed = run_block("python" if command == cell["source"] else "bash", command, names)
+        elif printed:
+            mark, language, body = blocks(cell["source"])[0]
+            assert language == "text" and re.match(r"(<!-- .* -->\n)?```text\n", cell["source"])
             if not mark.startswith("not compared"):
                 assert same(printed, body, varies=mark == "varies"), f"printed:\n{printed}\nshown:\n{body}"
                 checked += 1
-        elif not mark.startswith("source: "):
-            printed = run_block(language, body, names)
-    assert checked >= 10
+            printed = None
+    assert checked >= 12
 
 
 @pytest.mark.slow
@@ -230,10 +249,6 @@ def rewrite(path):
     def made(found):
         nonlocal printed
         if found["language"] == "text":
-            layers = [i for i, line in enumerate(printed.splitlines()) if line.startswith("model.layers.")]
-            if layers:  # a line for each layer: the first two and the last are enough
-                lines = printed.splitlines(keepends=True)
-                printed = "".join([*lines[:layers[1] + 1], "...\n", *lines[layers[-1]:]])
             return found[0].replace(f"```text\n{found['body']}", f"```text\n{printed}")
         if not (found["mark"] or "").startswith("source: "):
             printed = run_block(found["language"], found["body"], names)
@@ -243,7 +258,7 @@ def rewrite(path):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--fill":
-        for name in ("walkthrough.md", *READMES):
+        for name in ("walkthrough.md", RESULTS, *READMES):
             (ROOT / name).write_text(filled((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
     else:  # a document whose blocks are run
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -18,7 +18,7 @@ from tinylora_mtl import add_adapters, meta, remove_adapters, train
 from tinylora_mtl.adapters import LAYERS
 from tinylora_mtl.config import MINI_LR, TrainConfig, adapter_config
 from tinylora_mtl.data.tasks import load_tasks
-from tinylora_mtl.lab import compare, cost, heads, pictures
+from tinylora_mtl.lab import compare, cost, heads, pictures, report
 from tinylora_mtl.lab import plan as plans
 from tinylora_mtl.lab.claims import (COST_REPEATS, COSTS, T_975, UNITS, VARIANTS, Claim, Comparison, Group, best_rates,
                                      declare, few_of, joint_verdict, t_interval, verdict, word)
@@ -929,7 +929,7 @@ def test_without_matplotlib_there_is_a_message_and_all_the_rest(copy, monkeypatc
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--claims", "11"], "must be from 1 to 10"), (["--seeds", "1"], "must be from 2 to 24"),
+    (["--claims", "11"], "there is no claim 11"), (["--seeds", "1"], "must be from 2 to 24"),
     (["--claims", "10"], "claim 10 needs --held-out"), (["--held-out", "x", "--claims", "10"], "unknown task 'x'"),
     (["--languages", "x"], "unknown task 'x'"), (["--score", "choose"], "'word_sorting' has no closed set of labels"),
     (["--batch-size", "2"], "--batch-size 2 cannot hold 3 tasks"),
@@ -951,6 +951,30 @@ def test_another_model_needs_languages_for_claim_8(tmp_path, monkeypatch, capsys
     assert "without claim 8: it needs --languages" in capsys.readouterr().out
     with pytest.raises(ValueError, match="claim 8 needs --languages"):
         tiny_plan(tmp_path, "--model", "another", "--claims", 8)
+
+
+def test_a_claim_of_ones_own_is_compared_with_the_others(tmp_path, monkeypatch):
+    mine = Claim(11, "It makes no difference.", (Comparison(Group("lora"), Group("lora_matched")),))
+    monkeypatch.setattr(plans, "declare", lambda sizes: [*declare(sizes), mine])
+    plan = make_plan(compare.parse(["--device", "cpu", "--out", str(tmp_path)]))
+    assert [claim.number for claim in plan.claims] == list(range(1, 12)) and Group("lora_matched") in plan.groups
+    assert [claim.number for claim in tiny_plan(tmp_path, "--claims", 11).claims] == [11]
+
+
+@pytest.mark.parametrize("results, cells", [
+    ([{"1": "holds"}], [["**holds**"]]),
+    ([{"1": "holds", "2": "cannot tell"}, {"1": "does not hold"}], [["**holds**", "**does not hold**"], ["**cannot tell**", "-"]])])
+def test_the_table_of_verdicts(results, cells):
+    def table(versions=("0.3.0", "0.3.0"), texts=("as claimed", "as claimed")):
+        return report.verdict_table(*({"claims": [{"claim": int(number), "text": text, "verdict": verdict}
+                                                  for number, verdict in claims.items()],
+                                       "conditions": {"model": "a/model", "version": version}}
+                                      for claims, version, text in zip(results, versions, texts)))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in table().splitlines()[2:]]
+    assert rows == cells
+    if len(results) > 1:  # what is of another version says so, and another claim is no verdict on this one
+        assert "| **does not hold** (0.1) |" in table(versions=("0.3.0", "0.1"))
+        assert "does not hold" not in table(texts=("as claimed", "otherwise"))
 
 
 @pytest.mark.slow

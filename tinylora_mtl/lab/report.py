@@ -98,16 +98,23 @@ def conditions_text(results):
         f"{names}; {len(results['runs'])} runs, {results['seconds'] / 3600:.1f} hours in all.", 120)
 
 
+def version_of(results):
+    """The version of this package that the runs are of; 0.1 did not note it."""
+    return results["conditions"].get("version", "0.1")
+
+
 def verdict_table(*compared):
-    """A row for each claim, a column for each of the results; "-" for a claim that one of them did not compare."""
-    texts = {}
-    for claim in (claim for results in compared for claim in results["claims"]):
-        if texts.setdefault(claim["claim"], claim["text"]) != claim["text"]:
-            raise ValueError("the results are on other claims, for example on another number of samples")
-    columns = [{claim["claim"]: f"**{claim['verdict']}**" for claim in results["claims"]} for results in compared]
-    return markdown_table(["claim", *(Path(results["conditions"]["model"]).name for results in compared)], [
-        [f"{number}. {text}", *(column.get(number, "-") for column in columns)]
-        for number, text in sorted(texts.items())])
+    """A row for each claim, a column for each of the results. Older results say so, "-" where they had another claim."""
+    texts = {claim["claim"]: claim["text"] for results in reversed(compared) for claim in results["claims"]}
+
+    def cell(results, number):
+        old = f" ({version_of(results)})" if version_of(results) != version_of(compared[0]) else ""
+        return next((f"**{claim['verdict']}**{old}" for claim in results["claims"]
+                     if (claim["claim"], claim["text"]) == (number, texts[number])), "-")
+
+    head = ["claim", *(Path(results["conditions"]["model"]).name for results in compared)]
+    return markdown_table(head, [[f"{number}. {text}", *(cell(results, number) for results in compared)]
+                                 for number, text in sorted(texts.items())])
 
 
 def comparison_table(results):
@@ -171,7 +178,7 @@ def machine_text(results):
     """What the runs were done on, in a sentence."""
     counts = Counter(run.get("on", "a machine that is not named") for run in results["runs"])
     return textwrap.fill("Done on: " + "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
-                         + f"; version {results['conditions'].get('version', '0.1')} of this package.", 120)
+                         + f"; version {version_of(results)} of this package.", 120)
 
 
 def method_rows(results):
