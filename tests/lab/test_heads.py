@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import command, run
 from safetensors.torch import load_file
 
 from tinylora_mtl import adapter_parameters, kl_alignment
@@ -159,3 +159,16 @@ def test_a_run_that_is_not_finished_is_one_line(tmp_path, trained, capsys):
     answer = capsys.readouterr().err
     assert end.value.code == 2 and len(answer.splitlines()) == 1
     assert "is not finished, so it has no adapter" in answer
+
+
+def test_the_pictures_of_the_walkthrough(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"inner_lr": 0.2}')
+    lines = [{"step": step, "loss": 1.0, "support_loss_before": 2.0, "support_loss_last": 1.5} for step in (1, 10)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = command(tmp_path, run, cwd=tmp_path, module="lab.pictures")
+    assert done.returncode == 0, done.stderr
+    for name in ("methods", "support"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

@@ -66,6 +66,9 @@ VARIANTS = {
     "align_shuffled": {"method": "align", "align": "kl", "shuffle_groups": True, "match": "rank"},
     "meta": {"method": "meta", "match": "rank"},  # its inner rate is searched with the outer one
 }
+# Three starts of the heads, each with a router (R-LoRA) and without (M-LoRA, with as many heads).
+STARTS = {"as in the paper": ("rlora", "mlora_heads"), "zero": ("rlora_dropout", "mlora_zero"),
+          "as released": ("rlora_released", "mlora_released")}
 # Pairs whose costs are measured side by side, see cost.py. Published, both have dropout; without it HydraLoRA, too,
 # needs A x only once.
 COSTS = {"dropout 0.1": ({"method": "hydralora", "dropout": 0.1}, {"method": "rlora", "dropout": 0.1}),
@@ -143,15 +146,14 @@ def declare(sample_counts):
         yield beside(meta, honest)
 
     def starts():  # the router (M-LoRA has none) against the start of the heads; R-LoRA's dropout is in all of them
-        pairs = {"": (Group("mlora_heads"), rlora), "zero": (Group("mlora_zero"), dropout),
-                 "released": (Group("mlora_released"), Group("rlora_released"))}
-        for start, (without, routed) in pairs.items():
-            decides = not start  # the papers'
+        pairs = [tuple(map(Group, pair)) for pair in STARTS.values()]
+        for number, (routed, without) in enumerate(pairs):
+            decides = number == 0  # the papers'
             yield Comparison(without, routed, "cosine", decides=decides)
             yield Comparison(without, NEAR_COPIES, "cosine", decides=decides)
             yield Comparison(routed, NEAR_COPIES, "cosine", claimed=-1, decides=decides)
-        for start in ("zero", "released"):
-            for one, usual in zip(pairs[start], pairs[""]):
+        for routed, without in pairs[1:]:
+            for one, usual in ((without, pairs[0][1]), (routed, pairs[0][0])):
                 yield beside(one, usual, "cosine")
                 yield beside(one, usual)
 

@@ -1,14 +1,18 @@
 """The pictures of `compare` and `heads`, PNG and SVG, drawn from their numbers alone. Needs matplotlib, in [plots].
 
+    python -m tinylora_mtl.lab.pictures FOLDER [RUN ...]      those of the walkthrough; RUN: runs of --method meta
+
 Made for 800 pixels, the width of a README column. Colours are Okabe and Ito's, which the colour-blind can tell apart;
 no meaning hangs on colour alone.
 """
 
 import itertools
+import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
-from .claims import t_interval
+from .claims import STARTS, t_interval
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -106,18 +110,18 @@ def accuracies_by_count(results, method, where):
 
 def draw_cosines(runs, folder):
     """Claims 1 and 9: how alike the heads are during training, the mean of the layers, a line for each seed."""
-    panels = {"with a router": {"hydralora": "HydraLoRA, zero", "rlora": "R-LoRA, as in the paper",
-                                "rlora_dropout": "R-LoRA, zero", "rlora_released": "R-LoRA, as released"},
-              "without a router": {"mlora_heads": "M-LoRA, as in the paper", "mlora_zero": "M-LoRA, zero",
-                                   "mlora_released": "M-LoRA, as released"}}
+    panels = {"with a router": {"hydralora": "HydraLoRA, zero"}, "without a router": {}}
+    for start, (routed, without) in STARTS.items():
+        panels["with a router"][routed] = f"R-LoRA, {start}"
+        panels["without a router"][without] = f"M-LoRA, {start}"
     drawn = {title: {method: label for method, label in labels.items() if any(run["method"] == method for run in runs)}
              for title, labels in panels.items()}
     drawn = {title: labels for title, labels in drawn.items() if labels}
     with picture(folder, "cosines", 4.0, len(drawn), sharey=True, squeeze=False) as (_, (row,)):
         for axes, (title, labels) in zip(row, drawn.items()):
             for run in (run for run in runs if run["method"] in labels):
-                label = labels[run["method"]]  # the colour tells the start
-                number = {"zero": 0, "as in the paper": 1, "as released": 2}[label.split(", ")[1]]
+                label = labels[run["method"]]
+                number = list(STARTS).index(label.split(", ")[1])  # the colour tells the start
                 points = [(step, value) for step, value in run["cosine_curve"] if value is not None]
                 axes.plot(*zip(*points), color=COLOURS[number], marker=MARKS[number], markersize=3.5,
                           linestyle="--" if run["method"] == "hydralora" else "-",
@@ -246,3 +250,26 @@ def draw_methods(folder):
         arrow(meta, theta, (4.3, 1.6), "θ ← θ - β · mean of ∇L(Q$_i$; θ$_i$)", BLUE, at=(-4.2, -2.6))
         meta.text(7.3, 4.9, "k steps on its\nsupport set S$_i$", fontsize=9)
     return folder / "methods.png"
+
+
+def draw_support(runs, folder):
+    """Runs of MeTA-LoRA: the loss on the support sets before the first and before the last inner step of each round."""
+    with picture(folder, "support", 3.0, len(runs), sharey=True, squeeze=False) as (_, (row,)):
+        for axes, run in zip(row, map(Path, runs)):
+            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            for name, label, colour, style in (
+                    ("support_loss_before", "support, before the first inner step", BLUE, "-"),
+                    ("support_loss_last", "support, before the last", ORANGE, "--"),
+                    ("loss", "query, after the last", GREEN, ":")):
+                axes.plot([line["step"] for line in lines], [line[name] for line in lines], style, color=colour,
+                          marker="o", markersize=3.5, label=label)
+            axes.set(xlabel="round", title=f"inner rate {config['inner_lr']:g}")
+        row[0].set_ylabel("loss")
+        row[0].legend(frameon=False, fontsize=8)
+
+
+if __name__ == "__main__":
+    draw_methods(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        draw_support(sys.argv[2:], Path(sys.argv[1]))

@@ -266,7 +266,7 @@ def make_plan(args, command=""):
     declared = {claim.number for claim in declare(sample_counts)}
     numbers = set(args.claims or (set() if args.methods else preset["claims"] or declared))
     if not numbers <= declared:
-        raise ValueError(f"there is no claim {max(numbers)}; claims.py declares {', '.join(map(str, sorted(declared)))}")
+        raise ValueError(f"there is no claim {max(numbers)}; claims.py has {', '.join(map(str, sorted(declared)))}")
     methods = tuple(name if name in VARIANTS else typed_method(name) for name in args.methods or ())
     for name in methods:
         settings.check(replace(base, method=settings_of(name)["method"]))

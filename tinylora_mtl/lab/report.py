@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from .claims import (COST_REPEATS, POINT, UNITS, Group, best_rates, few_of, joint_verdict, t_interval, verdict,
-                     word)
+from .claims import (COST_REPEATS, POINT, STARTS, UNITS, Group, best_rates, few_of, joint_verdict, t_interval,
+                     verdict, word)
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
 
@@ -104,7 +104,7 @@ def version_of(results):
 
 
 def verdict_table(*compared):
-    """A row for each claim, a column for each of the results. Older results say so, "-" where they had another claim."""
+    """A row for each claim, a column for each of the results; older ones say so, "-" where they had another claim."""
     texts = {claim["claim"]: claim["text"] for results in reversed(compared) for claim in results["claims"]}
 
     def cell(results, number):
@@ -115,6 +115,20 @@ def verdict_table(*compared):
     head = ["claim", *(Path(results["conditions"]["model"]).name for results in compared)]
     return markdown_table(head, [[f"{number}. {text}", *(cell(results, number) for results in compared)]
                                  for number, text in sorted(texts.items())])
+
+
+def start_table(*compared):
+    """Claim 9: how alike the heads are at the end, and the accuracy, a row for each start; means over seeds ± 95 %."""
+    def cell(results, method):
+        runs = [run for run in results["runs"] if run["method"] == method and not run["search"] and "cosine" in run]
+        middle, (low, _) = t_interval([run["cosine"] for run in runs])
+        right, (least, _) = t_interval([100 * run["average_after"] for run in runs])
+        return f"{middle:.2f} ± {middle - low:.2f} ({right:.1f} ± {right - least:.1f} %)"
+
+    names = [Path(results["conditions"]["model"]).name for results in compared]
+    head = ["start of the heads", *(f"{name}: {which}" for name in names for which in ("with a router", "without"))]
+    return markdown_table(head, [[start, *(cell(results, method) for results in compared for method in pair)]
+                                 for start, pair in STARTS.items()])
 
 
 def comparison_table(results):
@@ -204,13 +218,15 @@ def method_table(results):
             f"{COST_REPEATS}. For one task: it differs by task, so it must be told which, also to answer.")
 
 
-TABLES = {"conditions": conditions_text, "methods": method_table, "verdicts": verdict_table,
+TABLES = {"conditions": conditions_text, "starts": start_table, "methods": method_table, "verdicts": verdict_table,
           "comparisons": comparison_table, "runs": run_table, "tasks": task_table, "machines": machine_text}
 
 
 def markdown(results):
     """What table.md holds, from results.json alone."""
     left_out = {"methods"} if not results["conditions"].get("methods") else set()
+    if 9 not in {claim["claim"] for claim in results["claims"]}:
+        left_out |= {"starts"}
     if not results["claims"]:
         left_out |= {"verdicts", "comparisons"}
     return "\n\n".join(table(results) for name, table in TABLES.items() if name not in left_out) + "\n"
