@@ -132,9 +132,8 @@ def merge_adapters(model):
     for name, adapter in adapters.items():
         if sum(parameter is adapter.base.weight for parameter in places) > 1:
             raise ValueError(f"the weight of {name} is used in a second place of the model, which would change too")
-        if getattr(adapter, "router", None) is not None:
-            raise ValueError(f"{name} is routed: its heads are weighted anew for every token, so no single weight "
-                             "equals them; keep the adapter in its own file")
+        if adapter.delta().numel() != adapter.base.weight.numel():  # it raises ValueError where there is no single ΔW
+            raise ValueError(f"the ΔW of {name} has another shape than its weight")
     for adapter in adapters.values():
         weight, delta = adapter.base.weight, adapter.delta()
         delta = delta if isinstance(adapter.base, torch.nn.Linear) else delta.T  # Conv1D stores [d_in, d_out]

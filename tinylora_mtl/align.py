@@ -73,7 +73,7 @@ def real_tokens(features, batch):
 def tokens_and_owners(attention_mask, task_ids):
     """[ex5] The n real tokens (1) of a mask [batch, length], among padding (0), and the task id of each of them.
 
-    task_ids [batch], in any order -> two int64 tensors [n]: their places in `attention_mask.flatten()`, and whose.
+    task_ids [batch], of the rows -> two int64 tensors [n]: the places in `attention_mask.flatten()`, rising, and whose.
     """
     real = attention_mask.flatten().nonzero()[:, 0]  # [n], of batch · length
     return real, task_ids.repeat_interleave(attention_mask.shape[1])[real]

@@ -31,9 +31,9 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
         inner_steps: k, how many of those steps; 0 gives the plain multi-task gradient over the query sets.
         losses: a list, if given, to which each task's [L(S_i) before each inner step ..., L(Q_i; θ_i)] is added.
 
-    Stage 1 is `adapted_to`, and `gradients_of` takes a gradient. Returns {parameter name: g, of the parameter's shape}.
-    Every parameter is as it was, no `.grad` is touched, and the random state is as if there had been only stage 2.
-    Tasks come one after another and no step is differentiated through, so memory does not grow with n or k. Raises
+    Stage 1 is `adapted_to`; all of stage 2 is within its block, `gradients_of` included. -> {parameter name: g, of its
+    shape}. Every parameter is as it was, no `.grad` is touched, and the random state is as if there had been only stage
+    2. Tasks come one after another and no step is differentiated through, so memory does not grow with n or k.
     ValueError for a batch without labels, and the adapter is θ again then too.
     Source: arXiv 2510.11598, with the first-order gradient of arXiv 1703.03400, section 5.2.
     """
@@ -53,7 +53,7 @@ def meta_gradients(model, episodes, inner_lr, inner_steps, losses=None):
 def adapted_to(model, support, inner_lr, inner_steps):
     """[ex8] Stage 1: within the block the adapter is θ_i, adapted to a support batch; then θ again, whatever happened.
 
-    Yields [L(S_i; θ_i) before each of the k steps], detached. Random numbers (dropout) are drawn aside.
+    Yields [L(S_i; θ_i) before each of the k steps], detached. The steps alone draw random numbers (dropout) aside.
     """
     parameters = adapter_parameters(model)
     shared = [parameter.detach().clone() for parameter in parameters.values()]  # θ
@@ -73,7 +73,7 @@ def adapted_to(model, support, inner_lr, inner_steps):
 
 @torch.no_grad()
 def inner_step(parameters, gradients, inner_lr):
-    """[ex7] θ_i ← θ_i - α ∇ L(S_i; θ_i), in place: plain gradient descent, no momentum, no state."""
+    """[ex7] θ_i ← θ_i - α ∇ L(S_i; θ_i), for two lists, in place: plain gradient descent, no momentum, no state."""
     for parameter, gradient in zip(parameters, gradients):
         parameter -= inner_lr * gradient
 

@@ -85,7 +85,8 @@ class MultiHeadLoRALinear(nn.Module):
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""
         if self.router is not None:
-            raise ValueError("a routed adapter has no single ΔW: its heads are weighted anew for every token")
+            raise ValueError("a routed adapter cannot be merged: its heads are weighted anew for every token, so no "
+                             "single weight equals them; keep the adapter in its own file")
         return self.scaling * self.heads.sum(0) @ self.lora_A.weight
 
 
@@ -105,14 +106,13 @@ def combine_heads(z, weights, heads):
 def random_start(A, heads, gamma=64):
     """[ex4] R-LoRA's random start, in place: A [r, d_in] and heads [N, d_out, r] (arXiv 2502.15455, table 1).
 
-        A ~ d_out^¼ / √γ · 𝒩(0, 1/d_in)        B_i ~ d_out^¼ / √γ · 𝒩(0, 1/d_out)        (variances)
+        A ~ d_out^¼ / √γ · 𝒩(0, 1/d_in)        B_i ~ d_out^¼ / √γ · 𝒩(0, 1/d_out)        𝒩(mean, variance)
 
     The paper then subtracts s · mean_i(B_i) A from the frozen W, so that training starts at the base model. Here the
-    mean is subtracted from the heads instead: with a router, since Σ w_i = 1, that is the same function at step 0
-    (without masks), W stays untouched, and the adapter file is complete without it. A centred head has √(1 - 1/N)
-    times the table's standard deviation. The training is not quite the paper's: A's gradient comes through the mean of
-    the heads, so but for the masks it is 0 in the first step, as LoRA's is, where the paper's is not. The heads cancel
-    to rounding, which in bfloat16 is enough to turn an answer here and there.
+    mean is subtracted from the heads instead, in place too: with a router, since Σ w_i = 1, that is the same function
+    at step 0 (without masks), and W stays untouched. A centred head has √(1 - 1/N) times the table's deviation. The
+    training is not quite the paper's: A's gradient comes through the mean of the heads, so but for the masks it is 0
+    in the first step, as LoRA's is. The heads cancel to rounding, which in bfloat16 can turn an answer.
     """
     d_out, d_in = heads.shape[1], A.shape[1]
     scale = d_out ** 0.25 / math.sqrt(gamma)

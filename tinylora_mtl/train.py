@@ -67,14 +67,15 @@ def lora_gradients(model, batch, config):
     return {"loss": loss.detach()}
 
 
-def align_gradients(model, batch, config):
+def align_gradients(model, batch, config, align=None):
     """[ex9] Align-LoRA: L = L_task + λ · L_align, λ = `config.align_weight`, on z = A x of the same forward pass.
 
     -> {"loss": L_task, "alignment": L_align in the form `config.align`}, detached; the gradients of L are in `.grad`.
+    align: what computes L_align, if it is not `alignment_loss`.
     """
     with collect_features(model) as features:
         loss = label_loss(model, batch)
-    alignment = alignment_loss(features, batch, config.align)
+    alignment = (align or alignment_loss)(features, batch, config.align)
     (loss + config.align_weight * alignment).backward()
     return {"loss": loss.detach(), "alignment": alignment.detach()}
 

@@ -117,6 +117,12 @@ def forward(self, x):
         return y + (self.lora_B(self.lora_A(self.dropout(small))) * self.scaling).to(x.dtype)
 
 
+def forward_any_type(self, x):
+    y = self.base(x)
+    with lora.branch_precision(x) as small:
+        return y + self.scaling * self.lora_B(self.lora_A(self.dropout(small)))
+
+
 def forward_alpha(self, x):
     return self.base(x) + self.alpha * self.lora_B(self.lora_A(self.dropout(x.float())))
 
@@ -286,7 +292,7 @@ def outer(at_shared=False, on_support=False, total=False, last=False, early=Fals
     return wrong
 
 
-def adapted(careless=False, random=False, stay=False, same=False, late=False):
+def adapted(careless=False, random=False, stay=False, same=False, late=False, aside=False, attached=False):
     """Stage 1 with something wrong in it."""
     @contextmanager
     def wrong(model, support, inner_lr, inner_steps):
@@ -300,8 +306,12 @@ def adapted(careless=False, random=False, stay=False, same=False, late=False):
                     if gradients is None or not same:
                         gradients = meta.gradients_of(loss, parameters)
                     meta.inner_step(parameters.values(), gradients, inner_lr)
-                    losses.append((label_loss(model, support) if late else loss).detach())
-            yield losses
+                    loss = label_loss(model, support) if late else loss
+                    losses.append(loss if attached else loss.detach())
+                if aside:
+                    yield losses
+            if not aside:
+                yield losses
             failed = False
         finally:
             if not stay and not (careless and failed):
@@ -332,7 +342,7 @@ def align_step(weight=True, both=False, detached=False, kind=None, twice=False, 
 
 
 WRONG = {
-    "ex1": {forward_alpha: "alpha / r", forward_without_base: "is the base layer there", forward_dropout_on_all: "dropout",
+    "ex1": {forward_any_type: "y.dtype", forward_alpha: "alpha / r", forward_without_base: "is the base layer there", forward_dropout_on_all: "dropout",
             forward_without_dropout: "dropout", forward_late_dropout: "dropout acts on x before A",
             forward_without_layers: "call self.lora_A"},
     "ex2": {lambda self: self.lora_B.weight @ self.lora_A.weight: "scaling",
@@ -357,10 +367,11 @@ WRONG = {
     "ex7": {inner_uphill: "sign", inner_without_rate: "rate", inner_rebinds: "new name", inner_first_only: "every parameter",
             inner_normalised: "plain gradient descent|size of the gradient|rate", inner_momentum: "as they were|rate"},
     "ex8": {outer(at_shared=True): "θ_i", outer(on_support=True): "query set", outer(total=True): "mean over all tasks",
-            outer(last=True): "last one's", outer(early=True): "forward pass", outer(keep=True): "as it was|at θ anew",
+            outer(last=True): "last one's", outer(early=True): "query's forward pass", outer(keep=True): "as it was|at θ anew",
             ("adapted_to", adapted(careless=True)): "try … finally", ("adapted_to", adapted(random=True)): "fork_rng",
             ("adapted_to", adapted(stay=True)): "as it was|at θ anew|should be back",
-            ("adapted_to", adapted(same=True)): "where the one before", ("adapted_to", adapted(late=True)): "before any step"},
+            ("adapted_to", adapted(same=True)): "where the one before", ("adapted_to", adapted(late=True)): "before any step",
+            ("adapted_to", adapted(aside=True)): "nothing else does", ("adapted_to", adapted(attached=True)): "detach them"},
     "ex9": {align_step(weight=False): "Is λ there", align_step(both=True): "on the alignment alone",
             align_step(detached=True): "its gradient", align_step(kind="kl"): "config.align",
             align_step(twice=True): "one forward pass", align_step(attached=True): "detach it",

@@ -23,7 +23,18 @@ def close(found, expected, message, **tolerances):
     if found.shape != expected.shape:
         pytest.fail(f"the shape is {list(found.shape)}, it should be {list(expected.shape)}\n{message}", pytrace=False)
     if not torch.allclose(found.double(), expected.double(), **{"rtol": 1e-4, "atol": 1e-5} | tolerances):
-        pytest.fail(f"{message}\nfound:    {found.tolist()}\nexpected: {expected.tolist()}", pytrace=False)
+        values = f"found:    {found.tolist()}\nexpected: {expected.tolist()}"
+        if found.numel() > 12:
+            at = int((found - expected).abs().argmax())
+            place = [int(i) for i in torch.unravel_index(torch.tensor(at), found.shape)]
+            values = f"most at {place}: found {found.flatten()[at]:.6g}, expected {expected.flatten()[at]:.6g}"
+        pytest.fail(f"{message}\n{values}", pytrace=False)
+
+
+def check(right, message):
+    """As `assert`, without the tensors and the lines of the test."""
+    if not right:
+        pytest.fail(message, pytrace=False)
 
 
 def small_lora(alpha=6.0, dropout=0.0):
@@ -71,11 +82,17 @@ def test_ex1_dropout_acts_on_the_branchs_input_in_training_only():
 
 @pytest.mark.ex1
 def test_ex1_the_type_is_the_base_layers():
-    for dtype, computed_in in ((torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)):
+    types = ((torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32), (torch.float16, torch.float32))
+    for dtype, computed_in in types:
         adapter, seen = LoRALinear(nn.Linear(3, 2, dtype=dtype), rank=2, alpha=2), []
         nn.init.ones_(adapter.lora_B.weight)
         adapter.lora_A.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        assert adapter(X.to(dtype)).dtype == dtype, "y should come in the type that the base layer returns: y.dtype"
+        try:
+            y = adapter(X.to(dtype))
+        except RuntimeError as error:
+            pytest.fail(f"compute the branch within `with branch_precision(x) as x`: its weights are float32, and x is "
+                        f"{dtype} here\n{error}", pytrace=False)
+        assert y.dtype == dtype, "y should come in the type that the base layer returns: y.dtype"
         assert seen == [computed_in], "the branch should see what `with branch_precision(x) as x` makes of x"
 
 
@@ -192,7 +209,8 @@ def test_ex4_the_start_of_the_heads(started):
 @pytest.mark.ex4
 def test_ex4_the_heads_are_centred_and_differ(started):
     heads = started[1]
-    assert heads.mean(0).abs().max() < 1e-6, "the mean over the heads is to be subtracted, so that Σ_i B_i = 0"
+    check(heads.mean(0).abs().max() < 1e-6, "the mean over the heads is to be subtracted, so that Σ_i B_i = 0; in place, "
+          "for `heads = heads - …` leaves the caller's tensor as it was")
     assert (heads[0] - heads[1]).abs().mean() > 0.01, "the heads should be drawn independently, so that they differ"
 
 
@@ -224,14 +242,16 @@ def test_ex5_padding_on_any_side_and_tasks_in_any_order():
 
 
 @pytest.mark.ex5
-def test_ex5_more_padding_changes_no_alignment():
+def test_ex5_more_padding_changes_no_features():
     torch.manual_seed(0)
     mask, ids = torch.ones(4, 5, dtype=torch.int64), torch.tensor([0, 1, 0, 1])
     z = torch.randn(4, 5, 3, requires_grad=True)
     wide = torch.cat([torch.zeros(4, 2, 3), z], dim=1)  # two columns of padding on the left
-    losses = [align.alignment_loss({"layer": features}, {"attention_mask": m, "task_ids": ids})
-              for features, m in ((z, mask), (wide, torch.cat([torch.zeros(4, 2, dtype=torch.int64), mask], dim=1)))]
-    close(losses[1], losses[0], "two columns of padding changed the alignment loss: its statistics are of real tokens")
+    (one, owner), (other, other_owner) = (
+        align.real_tokens({"layer": features}, {"attention_mask": m, "task_ids": ids})
+        for features, m in ((z, mask), (wide, torch.cat([torch.zeros(4, 2, dtype=torch.int64), mask], dim=1))))
+    close(other, one, "two columns of padding changed the features that are aligned: they are to be those of real tokens")
+    close(other_owner, owner, "two columns of padding changed whose the features are")
 
 
 # --------------------------------------------------------------------- ex6: the KL divergence of all pairs of tasks
@@ -338,8 +358,8 @@ def outer_gradient(*args):
         return meta.meta_gradients(*args)
     except RuntimeError as error:
         if "inplace operation" in str(error):
-            pytest.fail("the query loss comes from a forward pass that was made before the adapter was adapted: make it "
-                        "within the block, at θ_i", pytrace=False)
+            pytest.fail("the adapter changed between the query's forward pass and its gradient: both belong within the "
+                        "block, at θ_i", pytrace=False)
         raise
 
 
@@ -383,8 +403,8 @@ def test_ex8_theta_comes_back_if_something_fails_and_no_random_number_is_used_up
         raise KeyError
     drawing.remove()
     for name, parameter in adapter_parameters(model).items():
-        assert torch.equal(parameter, before[name]), "θ should be back although the block failed: try … finally"
-    assert torch.equal(torch.get_rng_state(), state), "the inner steps use random numbers up: take them within fork_rng(model)"
+        check(torch.equal(parameter, before[name]), "θ should be back although the block failed: try … finally")
+    check(torch.equal(torch.get_rng_state(), state), "the inner steps use random numbers up: take them within fork_rng(model)")
 
 
 @pytest.mark.ex8
@@ -392,6 +412,22 @@ def test_ex8_the_gradient_is_taken_at_the_adapted_parameters():
     model, episodes = round_of_tasks(1)
     expect(outer_gradient(model, episodes, 0.5, 2), at_adapted(model, *episodes[0], 0.5, 2),
            "∇ L(Q_i; θ_i): is it the query set, and is its forward pass made within the block in which the adapter is θ_i?")
+
+
+@pytest.mark.ex8
+def test_ex8_stage_2_draws_random_numbers_as_if_it_were_alone():
+    model, episodes = round_of_tasks(2)
+    model.register_forward_hook(lambda *_: torch.rand(3) is None or None)  # as dropout does
+    states = []
+    for inner_steps in (0, 2):
+        torch.manual_seed(7)
+        outer_gradient(model, episodes, 0.5, inner_steps)
+        states.append(torch.get_rng_state())
+    torch.manual_seed(7)
+    torch.rand(3), torch.rand(3)  # one query pass for each task
+    for state in states:
+        check(torch.equal(state, torch.get_rng_state()), "the inner steps draw aside, and nothing else does: after the round "
+              "the random state is as after its query passes, so the block itself is not within fork_rng")
 
 
 @pytest.mark.ex8
@@ -422,12 +458,13 @@ def test_ex8_the_shared_adapter_is_left_as_it_was():
     losses = []
     found = outer_gradient(model, episodes, 0.5, 2, losses)
     for name, parameter in adapter_parameters(model).items():
-        assert torch.equal(parameter, before[name]), "after the round every parameter is as it was: θ, not the last θ_i"
+        check(torch.equal(parameter, before[name]), "after the round every parameter is as it was: θ, not the last θ_i")
         assert parameter.grad is None, "no .grad is to be touched"
     assert all(not gradient.requires_grad for gradient in found.values()), "first order: no graph is kept"
     assert len(losses) == 2 and all(len(row) == 3 for row in losses), \
         "a row of losses for every task, if asked for: the support loss before each inner step, then the query loss"
     for first, second, query in losses:
+        assert not any(loss.requires_grad for loss in (first, second, query)), "the losses are for the log: detach them"
         assert second < first, "the inner steps should lower the support loss"
         assert query > 0
 

@@ -16,8 +16,11 @@ from tinylora_mtl.lab.heads import inspect_run
 from tinylora_mtl.loss import label_logits, label_loss
 from tinylora_mtl.run import scoring, training
 from tinylora_mtl.run.adapter_files import adapter_tensors, load_adapter, save_adapter
+from tinylora_mtl.run.folder import how_to_go_on
 from tinylora_mtl.run.gradients import gradients_for
-from tinylora_mtl.run.methods import find_method, in_gallery, typed_method
+from tinylora_mtl.run.methods import TYPED, find_method, in_gallery, typed_method
+from tinylora_mtl.run.models import load_model
+from tinylora_mtl.run.settings import resume_config
 from tinylora_mtl.train import GRADIENTS
 
 METHODS = in_gallery()
@@ -34,6 +37,7 @@ def known():
     for table in (LAYERS, MINI_LR, GRADIENTS):
         for name in [name for name in table if name not in CORE]:
             del table[name]
+    TYPED.clear()
 
 
 def layer(module, d_in=6, d_out=5, **changes):
@@ -305,7 +309,7 @@ def test_a_file_of_your_own_is_taken_from_the_command_line_alone(tmp_path):
     config, resuming, _ = training.parse(["--method", str(file), "--steps", "3"])
     assert config.method == "halved_lora" and not resuming
     results = training.run(replace(config, **TINY | {"out": str(tmp_path / "run")}))
-    LAYERS.pop("halved_lora"), MINI_LR.pop("halved_lora")  # as in another process
+    forget("halved_lora")
     with pytest.raises(ValueError, match="unknown method 'halved_lora'"):
         scoring.command(["--run", str(tmp_path / "run"), "--device", "cpu"])
     content = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -317,15 +321,43 @@ def test_a_file_of_your_own_is_taken_from_the_command_line_alone(tmp_path):
     assert scores == results["after"]
 
 
-def test_the_tutorial_builds_one_from_nothing(tmp_path):
+def test_a_run_knows_the_file_of_its_method(tmp_path, capsys):
+    """Another file of that name goes on with no run and says so when it scores; the hint to go on names the file."""
+    file = tmp_path / "a folder" / "my_lora.py"
+    file.parent.mkdir()
+    file.write_text(MINE)
+    name = typed_method(str(file))
+    assert how_to_go_on("a run") == f"to go on: python -m tinylora_mtl.train --resume 'a run' --method '{file}'"
+    config = TrainConfig(method=name, **TINY | {"out": str(tmp_path / "run")})
+    training.run(config)
+    flags = ["--run", str(tmp_path / "run"), "--device", "cpu", "--method", str(file)]
+    scoring.command(flags)
+    assert "the file of the method has changed" not in capsys.readouterr().out
+    file.write_text(MINE + "# another\n")
+    assert typed_method(str(file)) == name  # again: as in a notebook, after the file was changed
+    scoring.command(flags)
+    assert "the file of the method has changed since the run began" in capsys.readouterr().out
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(ValueError, match="the file of the method has changed since the run began"):
+        training.run(resume_config(tmp_path / "run"), resuming=True)
+    forget(name)
+    with pytest.raises(ValueError, match="a file of yours is --method path/to/my_lora.py"):
+        scoring.command(flags[:-2])
+    with pytest.raises(ValueError, match="known once tinylora_mtl.run.methods.typed_method"):
+        load_adapter(load_model("mini", "cpu")[0], tmp_path / "run" / "adapter")
+
+
+def test_the_tutorial_builds_one_from_nothing(tmp_path, monkeypatch):
     """Its code as it stands in the docstring, trained, scored, and merged."""
-    code = [line[4:] for line in gallery.__doc__.splitlines() if line.startswith("    ") and "python -m" not in line]
+    tutorial, after = gallery.__doc__.split("and once it has been trained, in Python:")
+    code, after = ([line[4:] for line in text.splitlines() if line.startswith("    ") and "python -m" not in line]
+                   for text in (tutorial, after))
     file = tmp_path / "my_method.py"
     file.write_text("\n".join(code))
     name = typed_method(str(file))
     results = training.run(TrainConfig(method=name, **TINY | {"out": str(tmp_path / "run")}))
     flags = ["--run", str(tmp_path / "run"), "--device", "cpu", "--method", str(file)]
-    LAYERS.pop(name), MINI_LR.pop(name)  # as in another process
+    forget(name)
     assert scoring.command(flags) == results["after"]
     model, batch = make_llama(), make_batch()
     add_adapters(model, AdapterConfig(name, rank=2))
@@ -335,10 +367,25 @@ def test_the_tutorial_builds_one_from_nothing(tmp_path):
     expected = label_logits(model.eval(), batch)[0]
     merge_adapters(model)
     torch.testing.assert_close(label_logits(model, batch)[0], expected, rtol=1e-3, atol=1e-4)
+    forget(name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs" / "my_method-mini-seed0")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec("\n".join(after), names)
+    assert type(names["model"].model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def forget(name):
+    """As in another process, which has not been told of a file."""
+    for known in (LAYERS, MINI_LR, TYPED):
+        known.pop(name, None)
 
 
 @pytest.mark.parametrize("text, message", [
-    ("x = 1", "is no method: it needs LR"), ("LR = 1", "is no method"), (None, "there is no file")])
+    ("x = 1", "is no method: it needs LR"), ("LR = 1", "is no method"), (None, "there is no file"),
+    ("from torch.nn import Module as Layer\nLR = 1", "is no LoRALinear"),
+    (MINE + "    def forward(self, x):\n        return self.base(x)\n", "a forward of its own, so it needs a delta too")])
 def test_a_file_that_is_no_method_is_refused(tmp_path, text, message):
     file = tmp_path / "some.py"
     if text:

@@ -1,6 +1,6 @@
 """Make a handout for a class: python -m tinylora_mtl.classroom.blank DIR
 
-The package with the bodies of the exercises taken out, their tests, and the README. An exercise is a function whose
+The package with the bodies of the exercises taken out, their tests, and a README that lists them. An exercise is a function whose
 docstring begins with [ex1], [ex2], …: that docstring is its whole specification. A student fills the bodies in, runs
 `pytest -m ex1`, and at the end `python -m tinylora_mtl.train` runs on the student's own code.
 
@@ -16,7 +16,19 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-BESIDE = ("README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
+BESIDE = ("LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
+README = """# Exercises with multi-task LoRA
+
+Nine functions of the package `tinylora_mtl` have lost their bodies. Each docstring is the whole specification; papers are
+named in it or at the top of its file. Write them in this order, for some use others:
+
+{}
+
+    python -m pip install -e ".[test]"
+    python -m pytest -m ex1                                          # tests the first, and says what to look at
+    python -m pytest -m "ex1 or ex2"
+    python -m tinylora_mtl.train                                     # runs on your code, once all are done
+"""
 FOR_TEACHERS = ("tests/conftest.py", *(f"tests/classroom/{name}" for name in (
     "test_exercises.py", "test_hidden.py", "marks.json", "answers.md")))
 TAG = re.compile(r"\[(ex\d+)\] ")
@@ -31,7 +43,7 @@ def exercises(source):
     for node in ast.walk(ast.parse(source)):
         tag = TAG.match((isinstance(node, ast.FunctionDef) and ast.get_docstring(node)) or "")
         if tag:
-            found.append((tag[1], node.name, node.body[1].lineno, node.end_lineno))
+            found.append((tag[1], node.name, node.body[0].end_lineno + 1, node.end_lineno))
     return sorted(found, key=lambda exercise: exercise[2])
 
 
@@ -59,6 +71,8 @@ def make_handout(folder):
         source, short = file.read_text(encoding="utf-8"), file.relative_to(folder / PACKAGE.name).as_posix()
         found += [(tag, short, name) for tag, name, *_ in exercises(source)]
         file.write_text(blanked(source), encoding="utf-8", newline="\n")
+    rows = [f"- {tag}: `{name}` in `{PACKAGE.name}/{short}`" for tag, short, name in sorted(found)]
+    (folder / "README.md").write_text(README.format("\n".join(rows)), encoding="utf-8", newline="\n")
     (folder / "tests" / "classroom").mkdir(parents=True)
     for name in BESIDE:
         shutil.copyfile(PACKAGE.parent / name, folder / name)

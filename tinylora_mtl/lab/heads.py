@@ -38,7 +38,7 @@ def open_finished(folder, device="auto", tasks=None):
     model, tokenizer, _ = models.load_model(config.model, device, config.dtype)
     stored = fingerprints.read_fingerprints(folder)
     for line in [*fingerprints.changes(stored, tasks, ["validation"]),
-                 *fingerprints.base_changes(stored, model, tokenizer, weights=False)] if stored else ():
+                 *fingerprints.base_changes(stored, model, tokenizer, config.method, weights=False)] if stored else ():
         print(line)  # of other weights the adapter itself warns
     adapter_files.load_adapter(model, Path(folder) / "adapter")
     return config, tasks, model, tokenizer

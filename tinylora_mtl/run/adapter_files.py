@@ -124,7 +124,8 @@ def read_description(description):
     method, stabilized = "lora" if kind == "LORA" else description.get("method"), description.get("use_rslora") or False
     find_method(method)
     if not isinstance(method, str) or method not in LAYERS or (method == "lora") != (kind == "LORA"):
-        raise ValueError(f"its method {method!r:.60} is none of its type's")
+        raise ValueError(f"its method {method!r:.60} is none of its type's; one in a file of yours is known once "
+                         "tinylora_mtl.run.methods.typed_method(path) has read it")
     tasks = description.get("tasks") or []
     if not isinstance(tasks, list) or len(tasks) > 1000 or not all(isinstance(name, str) for name in tasks):
         raise ValueError(f"its tasks are {tasks!r:.60}, not a list of names")

@@ -10,6 +10,7 @@ from ..adapters import adapter_parameters
 from ..data.tasks import SPLIT_SIZES, prompt_key
 from ..targets import unwrap
 from .files import read_json
+from .methods import hash_of_method
 
 FILE = "fingerprints.json"
 # Of a model's configuration: where it is from, and what only its loading or its generation settings are about.
@@ -54,9 +55,10 @@ def of_setting(model, tokenizer):
     return hashlib.sha256(json.dumps([that_matters(config), tokens], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def of_run(model, tokenizer, tasks):
+def of_run(model, tokenizer, tasks, method):
     """What fingerprints.json holds."""
     return {"base": of_base(model), "configuration_and_tokenizer": of_setting(model, tokenizer),
+            "method": hash_of_method(method),
             "tasks": {task.name: {split: of_split(task, split) for split in SPLIT_SIZES} | {"labels": list(task.labels)}
                       for task in tasks},
             "training_prompts": " ".join(sorted({of_prompt(prompt) for task in tasks for prompt, _ in task.train}))}
@@ -91,24 +93,26 @@ def changes(stored, tasks, splits):
     return lines
 
 
-def base_changes(stored, model, tokenizer, weights=True):
-    """A line for what has changed of the base model; weights: whether they are looked at too."""
+def base_changes(stored, model, tokenizer, method, weights=True):
+    """A line for what has changed of the base model and the method's file; weights: whether they are looked at too."""
     lines = []
     if weights and stored["base"] != of_base(model):
         lines.append("the weights of the base model have changed since the run began")
     if stored["configuration_and_tokenizer"] != of_setting(model, tokenizer):
         lines.append("the configuration or the tokenizer of the base model has changed since the run began")
+    if stored.get("method", hash_of_method(method)) != hash_of_method(method):
+        lines.append("the file of the method has changed since the run began")
     return lines
 
 
-def check_same(folder, model, tokenizer, tasks):
+def check_same(folder, model, tokenizer, tasks, method):
     """ValueError, saying what, if the data or the base are not those that the run in a folder began with."""
     stored = read_fingerprints(folder)
     if stored is None:
         raise ValueError(f"the run in {folder} is of an older version of this package and has no {FILE}, so nothing "
                          "tells whether its data are the same; start it anew")
     found = [f"task {task.name!r} is not in {FILE}" for task in tasks if task.name not in stored["tasks"]]
-    found += changes(stored, tasks, SPLIT_SIZES) + base_changes(stored, model, tokenizer)
+    found += changes(stored, tasks, SPLIT_SIZES) + base_changes(stored, model, tokenizer, method)
     if found:
         raise ValueError(f"{'; '.join(found)}: the run in {folder} cannot go on as the same run")
 

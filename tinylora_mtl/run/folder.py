@@ -13,6 +13,7 @@ from .cli import Stopped
 from .distributed import gather, process_rank
 from .files import make_folder, write_json
 from .fingerprints import FILE, check_same, of_run
+from .methods import typed_flag
 from .settings import MAY_DIFFER, read_config
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)  # of a network disk: better unguarded than not at all
@@ -41,9 +42,10 @@ def open_run(config, resuming, model, tokenizer, tasks):
         try:
             if not resuming:
                 clear(folder)
-                write_json(folder / FILE, of_run(model, tokenizer, tasks))  # before what makes the folder a run
+                prints = of_run(model, tokenizer, tasks, config.method)
+                write_json(folder / FILE, prints)  # before what makes the folder a run
             else:
-                check_same(folder, model, tokenizer, tasks)
+                check_same(folder, model, tokenizer, tasks, config.method)
             may_differ = (*MAY_DIFFER, "model", "tasks")  # the last two if their files have moved
             if not resuming or any(getattr(config, name) != getattr(read_config(folder), name) for name in may_differ):
                 write_json(folder / "config.json", {"format": FORMAT} | asdict(config))
@@ -58,7 +60,7 @@ def open_run(config, resuming, model, tokenizer, tasks):
 
 
 def how_to_go_on(folder):
-    return f"to go on: python -m tinylora_mtl.train --resume {shlex.quote(str(folder))}"
+    return f"to go on: python -m tinylora_mtl.train --resume {shlex.quote(str(folder))}{typed_flag()}"
 
 
 def free_folder(config):

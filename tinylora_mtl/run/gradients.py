@@ -9,7 +9,7 @@ import torch
 from ..align import alignment, collect_features, real_tokens
 from ..loss import NO_LABEL, label_logits, label_loss
 from ..meta import fork_rng
-from ..train import GRADIENTS
+from ..train import GRADIENTS, align_gradients
 from .distributed import gather_features, same_random_numbers, share, sum_over_processes, world_size
 
 
@@ -77,11 +77,8 @@ def shuffled_groups(gradients):
 
 def align_across_processes(model, batch, config):
     """Align-LoRA's step with the features of all processes."""
-    with collect_features(model) as features:
-        loss = label_loss(model, batch)
-    value = alignment_of_all(*real_tokens(features, batch), config.align)
-    (loss + config.align_weight * value).backward()
-    return {"loss": loss.detach(), "alignment": value.detach()}
+    return align_gradients(model, batch, config, lambda features, batch, kind: alignment_of_all(
+        *real_tokens(features, batch), kind))
 
 
 def align_in_micro_batches(model, batch, config):

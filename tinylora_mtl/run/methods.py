@@ -1,15 +1,21 @@
 """Methods beyond those of the core: one file each, in `gallery/` and found by name, or anywhere and given by its path.
 
-A path is taken from the command line alone, never from a file: else a stranger's config.json could run his code.
+A path is taken from whoever types it, never from a file: else a stranger's config.json could run his code.
 """
 
+import hashlib
 import importlib
+import shlex
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from .. import gallery
 from ..adapters import LAYERS
 from ..config import METHODS, MINI_LR
+from ..lora import LoRALinear
+from ..multihead import MultiHeadLoRALinear
+
+TYPED = {}  # {name: path} of the methods that are files of the user's
 
 
 def find_method(name):
@@ -29,13 +35,24 @@ def typed_method(typed):
     path, name = Path(typed), Path(typed).stem
     if not path.is_file():
         raise ValueError(f"there is no file {typed}")
-    if name in METHODS or name in in_gallery():
+    if (name in METHODS and name not in TYPED) or name in in_gallery():
         raise ValueError(f"{typed} has the name of a method of this package; call it otherwise")
     spec = spec_from_file_location(name, path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     register(name, module)
+    TYPED[name] = path
     return name
+
+
+def typed_flag():
+    """The flag that makes a method of the user's known to another command; "" if there is none."""
+    return "".join(f" --method {shlex.quote(str(path))}" for path in TYPED.values())
+
+
+def hash_of_method(name):
+    """A hash of the file of a method that is the user's; "" for one of this package."""
+    return hashlib.sha256(TYPED[name].read_bytes()).hexdigest() if name in TYPED else ""
 
 
 def register(name, module):
@@ -43,6 +60,13 @@ def register(name, module):
     from ..train import GRADIENTS, lora_gradients  # here: the package imports this file before `python -m` runs train
     if not hasattr(module, "LR") or not (hasattr(module, "Layer") or hasattr(module, "gradients")):
         raise ValueError(f"{module.__file__} is no method: it needs LR, and a class Layer or a function gradients")
+    own = vars(getattr(module, "Layer", object))
+    if own and not issubclass(module.Layer, (LoRALinear, MultiHeadLoRALinear)):
+        raise ValueError(f"the Layer of {module.__file__} is no LoRALinear or MultiHeadLoRALinear, so it would not be "
+                         "found")
+    if "forward" in own and "delta" not in own:  # else what merging adds would be that of another forward
+        raise ValueError(f"the Layer of {module.__file__} has a forward of its own, so it needs a delta too: what "
+                         "merging adds to W, or a ValueError")
     MINI_LR[name], GRADIENTS[name] = module.LR, getattr(module, "gradients", lora_gradients)
     if hasattr(module, "Layer"):
         LAYERS[name] = {"layer": module.Layer}

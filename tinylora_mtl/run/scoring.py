@@ -176,7 +176,7 @@ def command(argv=None):
     max_length = pick_length(model, args.max_length or run.max_length)
     check_samples(model, tokenizer, scored, split, max_length, score)
     stored = read_fingerprints(args.run) if args.run and not args.model else None
-    for line in base_changes(stored, model, tokenizer, weights=False) if stored else ():
+    for line in base_changes(stored, model, tokenizer, run.method, weights=False) if stored else ():
         print(line)  # of other weights the adapter itself warns
     folder = args.adapter or (args.run / "adapter" if args.run else None)
     if folder:

@@ -65,7 +65,8 @@ def check(config):
                              f"got {value!r:.60}")
         if choices and value not in choices:
             there = dict.fromkeys([*choices, *(in_gallery() if item.name == "method" else ())])
-            raise ValueError(f"unknown {item.name} {value!r}; there are: {', '.join(there)}")
+            mine = f"; a file of yours is --method path/to/{value}.py" if item.name == "method" else ""
+            raise ValueError(f"unknown {item.name} {value!r}; there are: {', '.join(there)}{mine}")
         if item.type is int:
             low, high = LEAST.get(item.name, 1), MOST.get(item.name, 2 ** 63 - 1 if item.name == "seed" else 10 ** 9)
             if not low <= value <= high:
