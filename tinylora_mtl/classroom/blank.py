@@ -1,8 +1,8 @@
 """Make a handout for a class: python -m tinylora_mtl.classroom.blank DIR
 
-The package with the bodies of the exercises taken out, their tests, and a README that lists them. An exercise is a function whose
-docstring begins with [ex1], [ex2], …: that docstring is its whole specification. A student fills the bodies in, runs
-`pytest -m ex1`, and at the end `python -m tinylora_mtl.train` runs on the student's own code.
+The package with the bodies of the exercises taken out, their tests, and a README that lists them. An exercise is a
+function whose docstring begins with [ex1], [ex2], …: that docstring is its whole specification. A student fills the
+bodies in, runs `pytest -m ex1`, and at the end `python -m tinylora_mtl.train` runs on the student's own code.
 
     python -m tinylora_mtl.classroom.blank --teacher DIR
 
@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parents[1]
 BESIDE = ("LICENSE", "pyproject.toml", "tests/conftest.py", "tests/classroom/test_exercises.py")
 README = """# Exercises with multi-task LoRA
 
-Nine functions of the package `tinylora_mtl` have lost their bodies. Each docstring is the whole specification; papers are
-named in it or at the top of its file. Write them in this order, for some use others:
+Nine functions of the package `tinylora_mtl` have lost their bodies (the eighth is two). Each docstring is the whole
+specification; the paper is named there or at the top of the file. Write them in this order, for some use others:
 
 {}
 
