@@ -113,7 +113,7 @@ def kl_all_pairs(mean, variance):
 
     mean, variance [T, r] -> a scalar. D_ij = ½ (KL(i‖j) + KL(j‖i)), summed over the r features; for each of them
         KL(i‖j) = ½ [ log(v_j / v_i) + (v_i + (μ_i - μ_j)²) / v_j - 1 ]
-    A number that all μ have in common, however large, costs no digits.
+    What all μ have in common, feature by feature, costs no digits, however large it is.
     """
     # The logarithms cancel: D_ij = ¼ [ v_i/v_j + v_j/v_i - 2 + (μ_i - μ_j)² (1/v_i + 1/v_j) ]; sums over i pulled
     # inside, Σ_{i<j} D_ij = ¼ [ (Σ v)(Σ 1/v) - T² + Σ_j (M2 - 2 μ_j M1 + T μ_j²) / v_j ] with M1 = Σ μ, M2 = Σ μ².

@@ -73,7 +73,7 @@ def adapted_to(model, support, inner_lr, inner_steps):
 
 @torch.no_grad()
 def inner_step(parameters, gradients, inner_lr):
-    """[ex7] θ_i ← θ_i - α ∇ L(S_i; θ_i), for two lists, in place: plain gradient descent, no momentum, no state."""
+    """[ex7] θ_i ← θ_i - α ∇ L(S_i; θ_i), for two iterables, in place: plain gradient descent, no state."""
     for parameter, gradient in zip(parameters, gradients):
         parameter -= inner_lr * gradient
 

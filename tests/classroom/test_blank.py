@@ -117,6 +117,19 @@ def forward(self, x):
         return y + (self.lora_B(self.lora_A(self.dropout(small))) * self.scaling).to(x.dtype)
 
 
+def forward_no_gradient(self, x):
+    with torch.no_grad():
+        y = self.base(x)
+    with lora.branch_precision(x) as small:
+        return y + self.scaling * self.lora_B(self.lora_A(self.dropout(small))).to(y.dtype)
+
+
+def forward_own_s(self, x):
+    y = self.base(x)
+    with lora.branch_precision(x) as small:
+        return y + (self.alpha / self.rank * self.lora_B(self.lora_A(self.dropout(small)))).to(y.dtype)
+
+
 def forward_any_type(self, x):
     y = self.base(x)
     with lora.branch_precision(x) as small:
@@ -174,7 +187,7 @@ def heads_one_z(z, weights, heads):
     return multihead_right(z[..., :1, :].expand_as(z), weights, heads)
 
 
-multihead_right = multihead.combine_heads
+multihead_right, align_right = multihead.combine_heads, align.kl_all_pairs
 
 
 def start(scale_power=0.25, of_rank=False, centred=True, root=True, loop=False, same=False, in_place=True):
@@ -249,7 +262,12 @@ def inner_rebinds(parameters, gradients, inner_lr):
 
 def inner_first_only(parameters, gradients, inner_lr):
     with torch.no_grad():
-        parameters[0].sub_(inner_lr * gradients[0])
+        next(iter(parameters)).sub_(inner_lr * gradients[0])
+
+
+def inner_new_storage(parameters, gradients, inner_lr):
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.data = parameter.data - inner_lr * gradient
 
 
 def inner_normalised(parameters, gradients, inner_lr):
@@ -265,7 +283,7 @@ def inner_momentum(parameters, gradients, inner_lr):
             parameter -= inner_lr * gradient
 
 
-def outer(at_shared=False, on_support=False, total=False, last=False, early=False, keep=False):
+def outer(at_shared=False, on_support=False, total=False, last=False, early=False, keep=False, touch=False):
     """Outer gradients with something wrong in them."""
     def wrong(model, episodes, inner_lr, inner_steps, losses=None):
         parameters = meta.adapter_parameters(model)
@@ -285,6 +303,8 @@ def outer(at_shared=False, on_support=False, total=False, last=False, early=Fals
                 result[name] = gradient if last else g + gradient / (1 if total else len(episodes))
             if losses is not None:
                 losses.append([*before, loss.detach()])
+            if touch:
+                model.zero_grad()
             if keep:
                 for parameter, value in zip(parameters.values(), adapted):
                     parameter.data.copy_(value)
@@ -292,7 +312,8 @@ def outer(at_shared=False, on_support=False, total=False, last=False, early=Fals
     return wrong
 
 
-def adapted(careless=False, random=False, stay=False, same=False, late=False, aside=False, attached=False):
+def adapted(careless=False, random=False, stay=False, same=False, late=False, aside=False, attached=False,
+            same_masks=False):
     """Stage 1 with something wrong in it."""
     @contextmanager
     def wrong(model, support, inner_lr, inner_steps):
@@ -302,6 +323,8 @@ def adapted(careless=False, random=False, stay=False, same=False, late=False, as
         try:
             with nullcontext() if random else meta.fork_rng(model):
                 for _ in range(inner_steps):
+                    if same_masks:
+                        torch.manual_seed(0)
                     loss = label_loss(model, support)
                     if gradients is None or not same:
                         gradients = meta.gradients_of(loss, parameters)
@@ -321,7 +344,7 @@ def adapted(careless=False, random=False, stay=False, same=False, late=False, as
 
 
 def align_step(weight=True, both=False, detached=False, kind=None, twice=False, attached=False, total=False,
-               no_backward=False):
+               no_backward=False, afresh=False):
     """A step of Align-LoRA with something wrong in it."""
     def wrong(model, batch, config):
         with align.collect_features(model) as features:
@@ -332,6 +355,8 @@ def align_step(weight=True, both=False, detached=False, kind=None, twice=False, 
         term = alignment.detach() if detached else alignment
         factor = config.align_weight if weight else 1
         objective = factor * (loss + term) if both else loss + factor * term
+        if afresh:
+            model.zero_grad()
         if no_backward:
             torch.autograd.grad(objective, list(meta.adapter_parameters(model).values()))
         else:
@@ -342,10 +367,14 @@ def align_step(weight=True, both=False, detached=False, kind=None, twice=False, 
 
 
 WRONG = {
-    "ex1": {forward_any_type: "y.dtype", forward_alpha: "alpha / r", forward_without_base: "is the base layer there", forward_dropout_on_all: "dropout",
+    "ex1": {forward_any_type: "y.dtype", forward_no_gradient: "gradient on x", forward_own_s: "rank-stabilised",
+            forward_alpha: "alpha / r", forward_without_base: "is the base layer there", forward_dropout_on_all: "dropout",
             forward_without_dropout: "dropout", forward_late_dropout: "dropout acts on x before A",
             forward_without_layers: "call self.lora_A"},
     "ex2": {lambda self: self.lora_B.weight @ self.lora_A.weight: "scaling",
+            lambda self: self.alpha / self.rank * self.lora_B.weight @ self.lora_A.weight: "self.scaling",
+            lambda self: self.scaling * self.lora_B(self.lora_A(self.dropout(torch.eye(self.lora_A.in_features)))).T:
+                "without dropout",
             lambda self: self.scaling * self.lora_A.weight.T @ self.lora_B.weight.T: "shape|transpose",
             lambda self: self.alpha * self.lora_B.weight @ self.lora_A.weight: "alpha / r",
             lambda self: self.scaling * (self.lora_B.weight @ self.lora_A.weight).T: "shape",
@@ -353,29 +382,37 @@ WRONG = {
             lambda self: self.scaling ** 2 * self.lora_B.weight @ self.lora_A.weight: "once"},
     "ex3": {heads_transposed: "side by side", heads_loop: "no tensor of shape|one matrix product",
             heads_unweighted: "weighted by w_i", heads_mean: "not a mean", heads_softmax_twice: "another softmax",
-            heads_one_z: "its own z_i"},
+            heads_one_z: "its own z_i",
+            lambda z, w, heads: multihead_right(z, None if w is None else w.detach(), heads): "gradient",
+            lambda z, w, heads: multihead_right(z, None if w is None else w / w.sum(-1, keepdim=True), heads): "add up to 1"},
     "ex4": {start(of_rank=True): "not r\\^¼", start(scale_power=0.5): "d_out\\^¼", start(centred=False): "subtracted|mean is",
             start(root=False): "variance 1 / d", start(loop=True): "scaled once", start(same=True): "alike|differ",
             start(in_place=False): "in place"},
     "ex5": {tokens(padding_too=True): "0 is padding", tokens(row_as_task=True): "that row's task",
             tokens(tiled=True): "row's task|own row", tokens(from_left=True): "only the mask|padding stands",
+            lambda mask, ids: (mask.flatten().nonzero().squeeze(), ids[mask.flatten().nonzero().squeeze() // mask.shape[1]]):
+                "one dimension",
             tokens(pairs=True): "shape", tokens(as_mask=True): "shape|indices"},
     "ex6": {all_pairs(factor=2.0): "counted once|halved", all_pairs(minus=0.0): "-1 of each KL",
             all_pairs_loop: "operations", all_pairs_table: "every pair of tasks",
             all_pairs(centre=False): "only differences of means", all_pairs(factor=4.0): "halved",
-            all_pairs(power=0.5): "standard deviations"},
+            all_pairs(power=0.5): "standard deviations",
+            lambda mean, variance: align_right(mean, variance.detach()): "nothing "
+            "detached", lambda mean, variance: align_right(mean, variance + 1e-3): "nothing is added|nothing",
+            torch.no_grad()(lambda mean, variance: align_right(mean, variance)): "no no_grad"},
     "ex7": {inner_uphill: "sign", inner_without_rate: "rate", inner_rebinds: "new name", inner_first_only: "every parameter",
-            inner_normalised: "plain gradient descent|size of the gradient|rate", inner_momentum: "as they were|rate"},
+            inner_normalised: "plain gradient descent|size of the gradient|rate", inner_momentum: "as they were|rate", inner_new_storage: "in place"},
     "ex8": {outer(at_shared=True): "θ_i", outer(on_support=True): "query set", outer(total=True): "mean over all tasks",
             outer(last=True): "last one's", outer(early=True): "query's forward pass", outer(keep=True): "as it was|at θ anew",
             ("adapted_to", adapted(careless=True)): "try … finally", ("adapted_to", adapted(random=True)): "fork_rng",
             ("adapted_to", adapted(stay=True)): "as it was|at θ anew|should be back",
             ("adapted_to", adapted(same=True)): "where the one before", ("adapted_to", adapted(late=True)): "before any step",
-            ("adapted_to", adapted(aside=True)): "nothing else does", ("adapted_to", adapted(attached=True)): "detach them"},
+            ("adapted_to", adapted(aside=True)): "nothing else does",
+            ("adapted_to", adapted(same_masks=True)): "than the one before", outer(touch=True): "no .grad", ("adapted_to", adapted(attached=True)): "detach them"},
     "ex9": {align_step(weight=False): "Is λ there", align_step(both=True): "on the alignment alone",
             align_step(detached=True): "its gradient", align_step(kind="kl"): "config.align",
             align_step(twice=True): "one forward pass", align_step(attached=True): "detach it",
-            align_step(total=True): "L_task alone", align_step(no_backward=True): "by backward"},
+            align_step(total=True): "L_task alone", align_step(afresh=True): "adds to what is in", align_step(no_backward=True): "by backward"},
 }
 
 
@@ -434,7 +471,7 @@ def test_another_right_answer_passes(monkeypatch):
 
     def step(parameters, gradients, inner_lr):
         for parameter, gradient in zip(parameters, gradients):
-            parameter.data = parameter.data - inner_lr * gradient
+            parameter.data.sub_(inner_lr * gradient)
     for tag, answer in (("ex1", forward), ("ex3", heads), ("ex5", places), ("ex7", step)):
         put_in(monkeypatch, tag, answer)
         assert complaints(tag) == []
