@@ -486,7 +486,7 @@ def test_a_run_in_the_hands_of_another_process_is_skipped_and_waited_for(copy, m
     method = plan.runs({})[0].group.method
     assert len(waits) == 1 and taken not in waits[0]
     assert not [name for name in waits[0] if name.startswith(f"{method}-")]  # its rate was not known yet
-    assert len(waits[0]) == len(plan.runs({})) - 1 - plan.seeds and done[len(waits[0])] == taken
+    assert len(waits[0]) == len(plan.runs({})) - 1 - len(plan.seeds) and done[len(waits[0])] == taken
     assert few == [taken]
 
 
@@ -770,7 +770,7 @@ def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
     Version 0.1 had eight claims, other comparisons, and one rule for accuracies and all else.
     """
     results = json.loads(file.read_text())
-    sizes, seeds = results["conditions"]["sizes"], len(results["conditions"]["seeds"])
+    sizes, seeds = results["conditions"]["sizes"], results["conditions"]["seeds"]
     if "version" in results["conditions"]:
         plan = SimpleNamespace(claims=[claim for claim in declare(sizes) if claim.number in
                                        {claim["claim"] for claim in results["claims"]}],
@@ -784,8 +784,8 @@ def test_published_verdicts_follow_from_their_runs_by_the_rules(file):
             assert claim["verdict"] == joint_verdict([row["verdict"] for row in claim["comparisons"]
                                                       if row["decides"]])
     for row in (row for claim in results["claims"] for row in claim["comparisons"]):
-        assert len(row["differences"]) == seeds >= 3
-        reach = stdev(row["differences"]) / seeds ** 0.5 * T_975[seeds - 2]
+        assert len(row["differences"]) == len(seeds) >= 3
+        reach = stdev(row["differences"]) / len(seeds) ** 0.5 * T_975[len(seeds) - 2]
         assert row["interval"] == pytest.approx([mean(row["differences"]) - reach, mean(row["differences"]) + reach])
 
 
@@ -951,6 +951,12 @@ def test_another_model_needs_languages_for_claim_8(tmp_path, monkeypatch, capsys
     assert "without claim 8: it needs --languages" in capsys.readouterr().out
     with pytest.raises(ValueError, match="claim 8 needs --languages"):
         tiny_plan(tmp_path, "--model", "another", "--claims", 8)
+
+
+def test_fresh_seeds(tmp_path):
+    plan = tiny_plan(tmp_path, "--claims", 4, "--seeds", 3, "--first-seed", 5)
+    assert plan.seeds == plan.conditions()["seeds"] == [5, 6, 7]
+    assert {run.seed for run in plan.runs({}) if not run.tried} == {5, 6, 7}
 
 
 def test_a_claim_of_ones_own_is_compared_with_the_others(tmp_path, monkeypatch):

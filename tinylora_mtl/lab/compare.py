@@ -249,6 +249,7 @@ def parse(argv=None):
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="a table of these instead: methods of the "
                         "package, variants of claims.py, or files")
     parser.add_argument("--seeds", type=cli.whole(2, MOST_SEEDS), help="runs of each kind (default: quick 3, full 8)")
+    parser.add_argument("--first-seed", type=cli.whole(0, 999), default=0, help="the first of their seeds (default: 0)")
     parser.add_argument("--tasks", nargs="+", help=shown["tasks"].metadata["help"])
     parser.add_argument("--held-out", nargs="+", metavar="TASK", help="claim 10: tasks not trained on")
     parser.add_argument("--languages", nargs="+", metavar="TASK", help="claim 8: tasks, each in another language")

@@ -125,7 +125,7 @@ def draw_cosines(runs, folder):
                 points = [(step, value) for step, value in run["cosine_curve"] if value is not None]
                 axes.plot(*zip(*points), color=COLOURS[number], marker=MARKS[number], markersize=3.5,
                           linestyle="--" if run["method"] == "hydralora" else "-",
-                          label=label if run["seed"] == 0 else None)
+                          label=label if run["seed"] == min(run["seed"] for run in runs) else None)
             axes.axhline(0, color=BLACK, linewidth=0.8)
             axes.set(xlabel="optimiser step", title=title)
             axes.legend(frameon=False, fontsize=8)

@@ -76,7 +76,7 @@ class Plan:
     sample_counts: list
     rates: list
     search_seeds: list
-    seeds: int
+    seeds: list  # of the runs that are judged
     claims: list
     out: Path
     command: str = ""
@@ -107,9 +107,9 @@ class Plan:
         return ([Run(group, first, tried) for group in searched for tried in self.tried(group)]
                 + [Run(group, seed, tried)
                    for seed in others for group in searched for tried in self.tried_again(group, rows)]
-                + [Run(group, seed) for seed in range(self.seeds) for group in self.groups if group.where != "cost"]
+                + [Run(group, seed) for seed in self.seeds for group in self.groups if group.where != "cost"]
                 + [Run(group, seed) for group in self.groups if group.where == "cost"
-                   for seed in range(self.seeds if group.method in COSTS else COST_REPEATS)])
+                   for seed in (self.seeds if group.method in COSTS else range(COST_REPEATS))])
 
     def cost_pair(self, method):
         """The settings of the two runs whose steps are compared: a pair of COSTS, or LoRA and a method."""
@@ -184,7 +184,7 @@ class Plan:
 
     def conditions(self):
         """For results.json: what was compared, and how."""
-        return self.shared_conditions() | {"seeds": list(range(self.seeds)), "parameters": self.parameters,
+        return self.shared_conditions() | {"seeds": self.seeds, "parameters": self.parameters,
                                            "methods": {method: self.merges[method] for method in self.methods}}
 
 
@@ -279,13 +279,13 @@ def make_plan(args, command=""):
     out = args.out or f"runs/compare{'' if mini else f'-{Path(args.model).name}'}-{args.preset}"
     plan = Plan(base, {"tasks": tasks, "languages": languages}, held_out, sample_counts,
                 sorted(set(args.rates or (preset["rates"] if mini else RATES))), SEARCH_SEEDS[:preset["search_seeds"]],
-                args.seeds or preset["seeds"],
+                list(range(args.first_seed, args.first_seed + (args.seeds or preset["seeds"]))),
                 [claim for claim in declare(sample_counts) if claim.number in numbers], Path(out), command, methods)
     for rate in plan.rates:
         settings.check(replace(base, lr=rate))
     loaded = {where: load_tasks(names, sample_counts[-1]) for where, names in plan.task_sets.items() if names}
     for run in plan.runs({}):
-        if run.group.where != "cost" and run.seed in (plan.search_seeds[0], 0):
+        if run.group.where != "cost" and run.seed in (plan.search_seeds[0], plan.seeds[0]):
             settings.check_sizes(plan.config(run, run.tried or plan.rates[:1]), loaded[run.group.where])
     if held_out:
         unseen = load_tasks(held_out)

@@ -24,11 +24,11 @@ def judge_claims(plan, rows):
 
     def values(side, quantity):  # of each seed
         if not isinstance(side, Group):
-            return [side] * plan.seeds
+            return [side] * len(plan.seeds)
         samples = None if side.where == "cost" else side.samples or plan.sample_counts[-1]
         key = {"accuracy": "average_after", "adapted": "average_after_adapting"}.get(quantity, quantity)
         return [tested[side.method, side.where, samples, seed][key] * (100 if UNITS[quantity] == "points" else 1)
-                for seed in range(plan.seeds)]
+                for seed in plan.seeds]
 
     def judged(comparison):
         differences = [left - right for left, right in zip(*(values(*side) for side in comparison.both()))]
