@@ -327,7 +327,7 @@ def test_a_run_knows_the_file_of_its_method(tmp_path, capsys):
     file.parent.mkdir()
     file.write_text(MINE)
     name = typed_method(str(file))
-    assert how_to_go_on("a run") == f"to go on: python -m tinylora_mtl.train --resume 'a run' --method '{file}'"
+    assert how_to_go_on("a run", name) == f"to go on: python -m tinylora_mtl.train --resume 'a run' --method '{file}'"
     config = TrainConfig(method=name, **TINY | {"out": str(tmp_path / "run")})
     training.run(config)
     flags = ["--run", str(tmp_path / "run"), "--device", "cpu", "--method", str(file)]

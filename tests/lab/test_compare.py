@@ -27,6 +27,7 @@ from tinylora_mtl.lab.report import PUBLISHED, conditions_text, judge_claims, ma
 from tinylora_mtl.run import fingerprints, gradients, training
 from tinylora_mtl.run.checkpoint import place_of, put_back
 from tinylora_mtl.run.folder import locked
+from tinylora_mtl.run.methods import TYPED
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.run.settings import read_config
 from tinylora_mtl.train import GRADIENTS
@@ -698,7 +699,7 @@ def test_a_table_of_methods(tmp_path, monkeypatch, few, capsys):
         step = {"lora": 0.0, "meta": 200.0, "half_lora": -10.0}.get(configs[1].method, 50.0)
         return {"time": step + len(taken) % 3, "memory": -step / 4, "seconds": 1.0}
     monkeypatch.setattr(compare, "compare_costs", costs)
-    for known in (MINI_LR, LAYERS, GRADIENTS):  # as they were, when the test is done
+    for known in (MINI_LR, LAYERS, GRADIENTS, TYPED):  # as they were, when the test is done
         for name in methods[-2:]:
             monkeypatch.setitem(known, name, None)
             del known[name]

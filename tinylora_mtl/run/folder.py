@@ -54,13 +54,14 @@ def open_run(config, resuming, model, tokenizer, tasks):
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            raise OSError(f"no space left to write in {folder}: make room, then {how_to_go_on(folder)}") from error
+            again = how_to_go_on(folder, config.method)
+            raise OSError(f"no space left to write in {folder}: make room, then {again}") from error
         except Stopped as stop:
-            raise Stopped(stop.number, how_to_go_on(folder)) from stop
+            raise Stopped(stop.number, how_to_go_on(folder, config.method)) from stop
 
 
-def how_to_go_on(folder):
-    return f"to go on: python -m tinylora_mtl.train --resume {shlex.quote(str(folder))}{typed_flag()}"
+def how_to_go_on(folder, method):
+    return f"to go on: python -m tinylora_mtl.train --resume {shlex.quote(str(folder))}{typed_flag(method)}"
 
 
 def free_folder(config):

@@ -45,9 +45,9 @@ def typed_method(typed):
     return name
 
 
-def typed_flag():
-    """The flag that makes a method of the user's known to another command; "" if there is none."""
-    return "".join(f" --method {shlex.quote(str(path))}" for path in TYPED.values())
+def typed_flag(name):
+    """The flag that makes a method known to another command if it is a file of the user's, else ""."""
+    return f" --method {shlex.quote(str(TYPED[name]))}" if name in TYPED else ""
 
 
 def hash_of_method(name):
