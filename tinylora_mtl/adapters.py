@@ -128,14 +128,17 @@ def merge_adapters(model):
     place (a head tied to the embedding): it would change too. Source: arXiv 2106.09685, section 4.1, and 2508.05078.
     """
     adapters = find_adapters(model)
-    places = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     for name, adapter in adapters.items():
-        if sum(parameter is adapter.base.weight for parameter in places) > 1:
+        if places.count(id(adapter.base.weight)) > 1:
             raise ValueError(f"the weight of {name} is used in a second place of the model, which would change too")
-        if adapter.delta().numel() != adapter.base.weight.numel():  # it raises ValueError where there is no single ΔW
+        if change_of(adapter).shape != adapter.base.weight.shape:  # ValueError too where there is no single ΔW
             raise ValueError(f"the ΔW of {name} has another shape than its weight")
     for adapter in adapters.values():
-        weight, delta = adapter.base.weight, adapter.delta()
-        delta = delta if isinstance(adapter.base, torch.nn.Linear) else delta.T  # Conv1D stores [d_in, d_out]
-        weight.copy_(weight.float() + delta)
+        adapter.base.weight.copy_(adapter.base.weight.float() + change_of(adapter))
     remove_adapters(model)
+
+
+def change_of(adapter):
+    """ΔW as the base's weight lies: [d_out, d_in], or in a Conv1D [d_in, d_out]."""
+    return adapter.delta() if isinstance(adapter.base, torch.nn.Linear) else adapter.delta().T

@@ -85,8 +85,7 @@ class MultiHeadLoRALinear(nn.Module):
     def delta(self):
         """ΔW = s · Σ_i B_i A, float32 [d_out, d_in]; ValueError with a router, whose weights change with x."""
         if self.router is not None:
-            raise ValueError("a routed adapter cannot be merged: its heads are weighted anew for every token, so no "
-                             "single weight equals them; keep the adapter in its own file")
+            raise ValueError("a routed adapter has no single weight to merge: its heads are weighted for every token")
         return self.scaling * self.heads.sum(0) @ self.lora_A.weight
 
 
@@ -110,9 +109,8 @@ def random_start(A, heads, gamma=64):
 
     The paper then subtracts s · mean_i(B_i) A from the frozen W, so that training starts at the base model. Here the
     mean is subtracted from the heads instead, in place too: with a router, since Σ w_i = 1, that is the same function
-    at step 0 (without masks), and W stays untouched. A centred head has √(1 - 1/N) times the table's deviation. The
-    training is not quite the paper's: A's gradient comes through the mean of the heads, so but for the masks it is 0
-    in the first step, as LoRA's is. The heads cancel to rounding, which in bfloat16 can turn an answer.
+    at step 0 (without masks, to rounding), and W stays untouched. A centred head has √(1 - 1/N) times the table's
+    deviation. It is not quite the paper's training: but for the masks, A's gradient is 0 in the first step, as LoRA's.
     """
     d_out, d_in = heads.shape[1], A.shape[1]
     scale = d_out ** 0.25 / math.sqrt(gamma)

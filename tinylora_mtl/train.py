@@ -70,8 +70,7 @@ def lora_gradients(model, batch, config):
 def align_gradients(model, batch, config, align=None):
     """[ex9] Align-LoRA: L = L_task + λ · L_align, λ = `config.align_weight`, on z = A x of the same forward pass.
 
-    -> {"loss": L_task, "alignment": L_align in the form `config.align`}, detached; the gradients of L are in `.grad`.
-    align: what computes L_align, if it is not `alignment_loss`.
+    L_align: `alignment_loss` of form `config.align`, or `align`. -> {"loss": L_task, "alignment": L_align}, detached.
     """
     with collect_features(model) as features:
         loss = label_loss(model, batch)

@@ -321,6 +321,33 @@ def test_a_file_of_your_own_is_taken_from_the_command_line_alone(tmp_path):
     assert scores == results["after"]
 
 
+def test_a_file_with_gradients_alone_and_a_layer_below_another(tmp_path):
+    """A method may keep LoRA's layers; and a layer's own parent counts as its own."""
+    (tmp_path / "twice.py").write_text(
+        "from tinylora_mtl.train import lora_gradients\nLR = 1e-3\n\ndef gradients(model, batch, config):\n"
+        "    lora_gradients(model, batch, config)\n    return lora_gradients(model, batch, config)\n")
+    name = typed_method(str(tmp_path / "twice.py"))
+    results = training.run(TrainConfig(method=name, **TINY | {"out": str(tmp_path / "run")}))
+    assert name not in LAYERS and results["trainable_parameters"] > 0
+    parent = MINE.replace("class Layer", "class Parent") + "    def forward(self, x):\n        return self.base(x)\n"
+    (tmp_path / "below.py").write_text(parent + "class Layer(Parent):\n    pass\n")
+    with pytest.raises(ValueError, match="a forward of its own, so it needs a delta too"):
+        typed_method(str(tmp_path / "below.py"))
+
+
+@pytest.mark.parametrize("wrong", [lambda delta: delta.T, lambda delta: delta[:, :1]])
+def test_a_delta_of_another_shape_changes_nothing(monkeypatch, wrong):
+    """Although only the last layer has it: all are asked before one is changed."""
+    model = make_llama()
+    *_, last = add_adapters(model, AdapterConfig("lora", rank=2)).values()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    monkeypatch.setattr(last, "delta", lambda delta=last.delta: wrong(delta()))
+    with pytest.raises(ValueError, match="has another shape than its weight"):
+        merge_adapters(model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert len(find_adapters(model)) > 1
+
+
 def test_a_run_knows_the_file_of_its_method(tmp_path, capsys):
     """Another file of that name goes on with no run and says so when it scores; the hint to go on names the file."""
     file = tmp_path / "a folder" / "my_lora.py"

@@ -12,6 +12,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..run.cli import run_command
+from ..run.files import make_folder
 from .claims import STARTS, t_interval
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = COLOURS = (
@@ -183,7 +185,7 @@ def draw_heads(findings, matrices, components, folder):
 
 
 def draw_methods(folder):
-    """A diagram of the four methods; grey and hatched is frozen. Returns the file's path."""
+    """A diagram of the four methods; grey and hatched is frozen."""
     with picture(folder, "methods", 6.6, 2, rows=2) as (_, panels):
         for axes, title in zip(panels.flat, ("LoRA\na branch of rank r beside a frozen layer",
                                              "HydraLoRA, R-LoRA\nheads on one A, weighed by a router",
@@ -203,12 +205,15 @@ def draw_methods(folder):
                                                       "shrinkA": 11, "shrinkB": 11})
             axes.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], text, fontsize=9, color=colour)
 
-        for axes in (lora, align):  # y = W x + s · B A x
-            for place, text in (((1.2, 5), "x"), ((8.8, 5), "y")):
+        def frozen_layer(axes, x, W, y):
+            for place, text in ((x, "x"), (y, "y")):
                 axes.text(*place, text, ha="center", va="center", fontsize=11, style="italic")
-            box(axes, 5, 8, "W", BLACK, frozen=True)
-            arrow(axes, (1.2, 5), (5, 8))
-            arrow(axes, (5, 8), (8.8, 5))
+            box(axes, *W, "W", BLACK, frozen=True)
+            arrow(axes, x, W)
+            arrow(axes, W, y)
+
+        for axes in (lora, align):  # y = W x + s · B A x
+            frozen_layer(axes, (1.2, 5), (5, 8), (8.8, 5))
             box(axes, 3.6, 2.6, "A", BLUE)
             box(axes, 6.4, 2.6, "B", ORANGE)
             arrow(axes, (1.2, 5), (3.6, 2.6))
@@ -216,11 +221,7 @@ def draw_methods(folder):
             arrow(axes, (6.4, 2.6), (8.8, 5), "· s", at=(0.2, -0.5))
         lora.text(5, 0.6, "y = W x + b + s · B A x,  B = 0 at first", ha="center", fontsize=9)
 
-        for place, text in (((0.8, 5), "x"), ((9.4, 5), "y")):
-            hydra.text(*place, text, ha="center", va="center", fontsize=11, style="italic")
-        box(hydra, 5, 9, "W", BLACK, frozen=True)
-        arrow(hydra, (0.8, 5), (5, 9))
-        arrow(hydra, (5, 9), (9.4, 5))
+        frozen_layer(hydra, (0.8, 5), (5, 9), (9.4, 5))
         box(hydra, 2.8, 4.4, "A", BLUE)
         arrow(hydra, (0.8, 5), (2.8, 4.4))
         for i, y in enumerate((6.6, 4.4, 2.2)):
@@ -249,13 +250,12 @@ def draw_methods(folder):
             meta.text(place[0], place[1] + 0.6, f"θ$_{i}$", ha="center", fontsize=10, color=colour)
         arrow(meta, theta, (4.3, 1.6), "θ ← θ - β · mean of ∇L(Q$_i$; θ$_i$)", BLUE, at=(-4.2, -2.6))
         meta.text(7.3, 4.9, "k steps on its\nsupport set S$_i$", fontsize=9)
-    return folder / "methods.png"
 
 
 def draw_support(runs, folder):
     """Runs of MeTA-LoRA: the loss on the support sets before the first and before the last inner step of each round."""
     with picture(folder, "support", 3.0, len(runs), sharey=True, squeeze=False) as (_, (row,)):
-        for axes, run in zip(row, map(Path, runs)):
+        for axes, run in zip(row, runs):
             config = json.loads((run / "config.json").read_text(encoding="utf-8"))
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             for name, label, colour, style in (
@@ -269,7 +269,18 @@ def draw_support(runs, folder):
         row[0].legend(frameon=False, fontsize=8)
 
 
+def main(argv=None):
+    """Draw the pictures of the walkthrough into a folder."""
+    folder, *runs = map(Path, sys.argv[1:] if argv is None else argv)
+    if matplotlib_is_missing():
+        return
+    make_folder(folder)
+    draw_methods(folder)
+    if runs:
+        draw_support(runs, folder)
+
+
 if __name__ == "__main__":
-    draw_methods(Path(sys.argv[1]))
-    if sys.argv[2:]:
-        draw_support(sys.argv[2:], Path(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("a folder is to be named: python -m tinylora_mtl.lab.pictures FOLDER [RUN ...]")
+    run_command(main)

@@ -5,8 +5,7 @@ tasks, with SEARCH_SEEDS, which do nothing else. With the first seed seven rates
 (the lowest was added when two variants had shown that they want it); with the others the best of those and its two
 neighbours. The best of these three, in the mean of all search seeds, is taken. For MeTA-LoRA the first seed tries five
 of the rates with every one of INNER_RATES, twice as many runs. Then come the runs that are judged, on test samples,
-seed by seed. (All seeds were to try all rates at first. That was cut, before any test sample was scored, to save two
-hours.)
+seed by seed.
 
 Of generated tasks every seed has samples of its own, training samples too, so that an interval tells what other samples
 would have changed, not only other random numbers.

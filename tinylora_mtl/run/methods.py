@@ -60,16 +60,17 @@ def register(name, module):
     from ..train import GRADIENTS, lora_gradients  # here: the package imports this file before `python -m` runs train
     if not hasattr(module, "LR") or not (hasattr(module, "Layer") or hasattr(module, "gradients")):
         raise ValueError(f"{module.__file__} is no method: it needs LR, and a class Layer or a function gradients")
-    own = vars(getattr(module, "Layer", object))
-    if own and not issubclass(module.Layer, (LoRALinear, MultiHeadLoRALinear)):
+    layer, cores = getattr(module, "Layer", LoRALinear), (LoRALinear, MultiHeadLoRALinear)
+    if not issubclass(layer, cores):
         raise ValueError(f"the Layer of {module.__file__} is no LoRALinear or MultiHeadLoRALinear, so it would not be "
                          "found")
-    if "forward" in own and "delta" not in own:  # else what merging adds would be that of another forward
+    # else what merging adds would be that of another forward
+    if layer.forward not in [core.forward for core in cores] and layer.delta in [core.delta for core in cores]:
         raise ValueError(f"the Layer of {module.__file__} has a forward of its own, so it needs a delta too: what "
                          "merging adds to W, or a ValueError")
     MINI_LR[name], GRADIENTS[name] = module.LR, getattr(module, "gradients", lora_gradients)
     if hasattr(module, "Layer"):
-        LAYERS[name] = {"layer": module.Layer}
+        LAYERS[name] = {"layer": layer}
 
 
 def in_gallery():
