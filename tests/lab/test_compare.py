@@ -801,7 +801,7 @@ def test_a_summary_names_all_that_decides_in_80_columns(file):
 
 
 def test_conditions_name_the_languages_where_there_are_runs_on_them():
-    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    results = json.loads((PUBLISHED / "smollm2_first.json").read_text())
     assert "16 samples on negation_english, negation_german" in " ".join(conditions_text(results).split())
     results["conditions"]["batch_size"] = 23  # of three tasks 21 samples, of four 20
     text = " ".join(conditions_text(results).split())
@@ -848,7 +848,7 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
 
 
 def test_what_the_documents_say_in_words_of_the_real_model():
-    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    results = json.loads((PUBLISHED / "smollm2_first.json").read_text())
     done = [run for run in results["runs"] if not run["search"] and run["where"] != "cost"]
     assert {(run["where"], round(100 * run["average_before"])) for run in done} == {("tasks", 72), ("languages", 48)}
     steps, size = results["conditions"]["steps"], results["conditions"]["batch_size"]
@@ -889,7 +889,7 @@ def test_what_the_documents_say_in_words_of_the_real_model():
 # ------------------------------------------------------------------------------------------- pictures and command
 def test_pictures_are_written_where_matplotlib_is(tmp_path, whole, capsys):
     pytest.importorskip("matplotlib")
-    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    results = json.loads((PUBLISHED / "smollm2_first.json").read_text())
     results["claims"] = [claim for claim in results["claims"] if claim["claim"] in (5, 8)]
     curve = pictures.accuracies_by_count(results, "meta", "tasks")
     assert {count: len(seeds) for count, seeds in curve.items()} == dict.fromkeys(results["conditions"]["sizes"], 5)
@@ -958,20 +958,23 @@ def test_a_claim_of_ones_own_is_compared_with_the_others(tmp_path, monkeypatch):
     assert [claim.number for claim in tiny_plan(tmp_path, "--claims", 11).claims] == [11]
 
 
-@pytest.mark.parametrize("results, cells", [
-    ([{"1": "holds"}], [["**holds**"]]),
-    ([{"1": "holds", "2": "cannot tell"}, {"1": "does not hold"}], [["**holds**", "**does not hold**"], ["**cannot tell**", "-"]])])
-def test_the_table_of_verdicts(results, cells):
-    def table(versions=("0.3.0", "0.3.0"), texts=("as claimed", "as claimed")):
-        return report.verdict_table(*({"claims": [{"claim": int(number), "text": text, "verdict": verdict}
-                                                  for number, verdict in claims.items()],
-                                       "conditions": {"model": "a/model", "version": version}}
-                                      for claims, version, text in zip(results, versions, texts)))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in table().splitlines()[2:]]
-    assert rows == cells
-    if len(results) > 1:  # what is of another version says so, and another claim is no verdict on this one
-        assert "| **does not hold** (0.1) |" in table(versions=("0.3.0", "0.1"))
-        assert "does not hold" not in table(texts=("as claimed", "otherwise"))
+def test_the_table_of_verdicts():
+    """A model's newest results come first; what is of another version says so, and another claim is no verdict."""
+    def found(model, version, verdicts, text="as claimed"):
+        return {"claims": [{"claim": number, "text": text, "verdict": verdict} for number, verdict in verdicts.items()],
+                "conditions": {"model": model, "version": version}}
+
+    def rows(*results):
+        head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                           for line in report.verdict_table(*results).splitlines()]
+        return head[1:], [line[1:] for line in lines]
+    mini = found("mini", "0.3.0", {1: "holds", 2: "cannot tell"})
+    assert rows(mini) == (["mini"], [["**holds**"], ["**cannot tell**"]])
+    new, old = found("a/model", "0.3.0", {1: "cannot tell"}), found("model", "0.1", {1: "holds", 2: "does not hold"})
+    assert rows(mini, new) == (["mini", "model"], [["**holds**", "**cannot tell**"], ["**cannot tell**", "-"]])
+    assert rows(mini, new, old) == (["mini", "model"], [["**holds**", "**cannot tell**"],
+                                                        ["**cannot tell**", "**does not hold** (0.1)"]])
+    assert rows(mini, found("model", "0.1", {1: "holds"}, "otherwise"))[1] == [["**holds**", "-"], ["**cannot tell**", "-"]]
 
 
 @pytest.mark.slow

@@ -104,17 +104,25 @@ def version_of(results):
 
 
 def verdict_table(*compared):
-    """A row for each claim, a column for each of the results; older ones say so, "-" where they had another claim."""
+    """A row for each claim, a column for each model; of its results the first that have the claim, "-" if none have.
+
+    What is of another version than the first says so. A claim with another text is another claim.
+    """
     texts = {claim["claim"]: claim["text"] for results in reversed(compared) for claim in results["claims"]}
+    columns = {}  # {model: its results}
+    for results in compared:
+        columns.setdefault(Path(results["conditions"]["model"]).name, []).append(results)
 
-    def cell(results, number):
-        old = f" ({version_of(results)})" if version_of(results) != version_of(compared[0]) else ""
-        return next((f"**{claim['verdict']}**{old}" for claim in results["claims"]
-                     if (claim["claim"], claim["text"]) == (number, texts[number])), "-")
+    def cell(column, number):
+        for results in column:
+            old = f" ({version_of(results)})" if version_of(results) != version_of(compared[0]) else ""
+            for claim in results["claims"]:
+                if (claim["claim"], claim["text"]) == (number, texts[number]):
+                    return f"**{claim['verdict']}**{old}"
+        return "-"
 
-    head = ["claim", *(Path(results["conditions"]["model"]).name for results in compared)]
-    return markdown_table(head, [[f"{number}. {text}", *(cell(results, number) for results in compared)]
-                                 for number, text in sorted(texts.items())])
+    return markdown_table(["claim", *columns], [[f"{number}. {text}", *(cell(each, number) for each in columns.values())]
+                                                for number, text in sorted(texts.items())])
 
 
 def start_table(*compared):
