@@ -31,7 +31,7 @@ tokenizer.save_pretrained(sys.argv[1])
 MODEL
 
 timeout 270 "$python" -m tinylora_mtl.lab.bench --model "$out/model" --device "$device" --dtype bfloat16 \
-  --rows 1 2 3 6 7 9 12 5 4 --repeats "${REPEATS:-7}" --out "$out/bench.json"  # what was measured is there if time ends
+  --rows 1 2 3 6 7 8 10 5 4 --repeats "${REPEATS:-7}" --out "$out/bench.json"  # what was measured is there if time ends
 
 "$python" - "$out" <<'RESULT'
 import json

@@ -20,23 +20,20 @@ import torch
 import torch.nn.functional as F
 
 from ..adapters import find_adapters, merge_adapters
-from ..align import alignment
 from ..batching import encode_target
-from ..config import TrainConfig, resolve
+from ..config import TrainConfig
 from ..data.tasks import load_tasks
 from ..evaluate import EXTRA_TOKENS, evaluation_mode, generate_answers
 from ..loss import NO_LABEL, label_logits, label_loss
-from ..meta import meta_gradients
 from ..multihead import MultiHeadLoRALinear
 from ..run import cli, files, models
 from ..run.checkpoint import place_of, put_back
-from ..targets import target_names
 from ..train import TrainState, train
 from .cost import begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
 from .report import markdown_table
 
 SHAPES = ((576, 1536), (896, 4864))  # d_in, d_out of the widest layers of SmolLM2-135M and Qwen2.5-0.5B
-LAYER_TOKENS, LOSS_TOKENS = 1024, 4096
+LAYER_TOKENS = 1024
 RUN_STEPS = 10  # of a whole training run
 
 
@@ -98,16 +95,6 @@ def loop_over_heads(layer, x):
     return y
 
 
-def two_alignments(config, ours, theirs):
-    """The alignment loss and its gradient, for two numbers of tasks among the same tokens."""
-    layers = len(target_names(base_model(config)[0], resolve(config).targets))
-    z = torch.randn(LOSS_TOKENS, layers, config.rank, device=models.pick_device(config.device), requires_grad=True)
-
-    def gradient(owner):
-        return torch.autograd.grad(alignment(z, owner, "kl"), z)
-    return [partial(gradient, torch.arange(LOSS_TOKENS) % tasks) for tasks in (ours, theirs)]
-
-
 def round_and_steps(lora):
     """A round of MeTA-LoRA, and a LoRA step on each of the batches that it computes gradients on."""
     each = lora.batch_size // 4
@@ -118,14 +105,6 @@ def round_and_steps(lora):
     lora, lora_model, _ = begin_run(lora)
     step = stepper(lora_model, lora, batches)
     return stepper(model, config, [episodes]), lambda: [step() for _ in batches]
-
-
-def two_rounds(config, ours, theirs):
-    """MeTA-LoRA's gradients with k = n = ours, and = theirs, all from one support and one query batch."""
-    each = config.batch_size // 4
-    config, model, rounds = begin_run(replace(config, method="meta", tasks_per_round=1, support=each, query=each))
-    episode, = next(rounds)
-    return [partial(meta_gradients, model, [episode] * size, config.inner_lr, size) for size in (ours, theirs)]
 
 
 def run_and_trainer(config):
@@ -214,13 +193,10 @@ ROWS = [
     Row(6, "Align step (KL)", "LoRA", partial(two_methods, methods=("align", "lora")), {"time": (None, 1.05)}),
     Row(7, "Align step (MMD)", "LoRA", partial(two_methods, methods=("align", "lora"), align="mmd"),
         {"time": (None, 1.25)}),
-    Row(8, "alignment loss (KL), 512 tasks", "8 tasks", partial(two_alignments, ours=512, theirs=8),
-        {"time": (None, 2.0)}),
-    Row(9, "MeTA round", "(k + 1) n LoRA steps", round_and_steps, {"time": (None, 1.05)}),
-    Row(10, "MeTA round, k = n = 8", "k = n = 1", partial(two_rounds, ours=8, theirs=1), {"memory": (None, 1.05)}),
-    Row(11, "whole LoRA run", "PEFT and Trainer", run_and_trainer, {"time": (None, 0.75)}, "model"),
-    Row(12, "evaluation", "`generate`, one by one", evaluation_and_loop, {"speed": (5.0, None)}),
-    Row(13, "merged model, forward", "base model", merged_and_base, {"time": (0.97, 1.03)}),
+    Row(8, "MeTA round", "(k + 1) n LoRA steps", round_and_steps, {"time": (None, 1.05)}),
+    Row(9, "whole LoRA run", "PEFT and Trainer", run_and_trainer, {"time": (None, 0.75)}, "model"),
+    Row(10, "evaluation", "`generate`, one by one", evaluation_and_loop, {"speed": (5.0, None)}),
+    Row(11, "merged model, forward", "base model", merged_and_base, {"time": (0.97, 1.03)}),
 ]
 
 
@@ -261,10 +237,10 @@ def main(argv=None):
     """Measure, print the table; returns the results."""
     parser = cli.Parser("lab.bench", __doc__)
     parser.add_argument("--model", default="mini", help="a folder or Hub name, measured beside mini; rows 2 "
-                        "and 11 need one")
+                        "and 9 need one")
     parser.add_argument("--tasks", nargs="+", default=["mini"], help="the tasks of that model (default: mini's)")
-    parser.add_argument("--rows", type=cli.whole(1, 13), nargs="+", metavar="N", default=range(1, 14),
-                        help="which rows of the table to measure (default: all 13)")
+    parser.add_argument("--rows", type=cli.whole(1, 11), nargs="+", metavar="N", default=range(1, 12),
+                        help="which rows of the table to measure (default: all 11)")
     parser.add_argument("--repeats", type=cli.whole(1), default=7, help="turns of each side (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", *models.DTYPES], help="of the frozen weights")
