@@ -843,6 +843,16 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
     assert all(mean(run["unseen_tasks"]["web_of_lies"] for run in found) < 0.5
                for found in runs.values() if "unseen" in found[0])
     assert 0.2 < min(run["average_before"] for found in runs.values() for run in found if "average_before" in run)
+    few = [rows[7, f"accuracy: {method}, 50 samples - lora_matched"]["mean"] for method in ("meta", "lora_matched")]
+    assert abs(few[0] - few[1]) < 1 and rows[7, "accuracy: meta, 500 samples - lora_matched"]["word"] == "no different"
+    assert abs(rows[8, "accuracy: lora_matched, 50 samples, languages - lora_matched, languages"]["mean"]
+               - rows[8, "accuracy: meta, 50 samples, languages - lora_matched, languages"]["mean"]) < 1
+    meta = [run for run in results["runs"] if run["method"] == "meta" and not run["search"]]
+    assert {run["inner_lr"] for run in meta} == {0.02}
+    assert all(run["samples_seen"] == 4 * runs["lora_matched"][0]["samples_seen"] for run in meta if run["where"] == "tasks")
+    assert all(abs(run["average_after"] - run["average_after_adapting"]) < 0.004 for run in meta)
+    assert {where: round(stdev(100 * run["average_after"] for run in meta if (run["where"], run["samples"]) == (where, 50)))
+            for where in ("tasks", "languages")} == {"tasks": 2, "languages": 4}
     rates = {rate["method"]: rate["lr"] for rate in results["rates"] if rate["samples"] == 500}
     assert 4 < rates["lora_matched"] / rates["lora_scaled"] < 5
 

@@ -258,7 +258,8 @@ def main(argv=None):
     columns = ["mini", "real size" if args.model == "mini" else args.model]
     places, figures = {"models": list(configs), "model": list(configs)[1:], "layers": columns[1:]}, []
     device = models.pick_device(args.device)
-    results = {"columns": columns, "repeats": args.repeats, "on": models.machine_name(device), "dtype": args.dtype,
+    dtype = "float32" if (args.dtype, device.type) == ("auto", "cpu") else args.dtype
+    results = {"columns": columns, "repeats": args.repeats, "on": models.machine_name(device), "dtype": dtype,
                "figures": figures}
     for row in (row for number in args.rows for row in ROWS if row.number == number):
         for on, quantity in itertools.product(places[row.where], row.targets):

@@ -73,10 +73,17 @@ def draw_differences(rows, folder, name):
             if row["margin"]:
                 axes.plot(-row["claimed"] * row["margin"], y, "|", color=BLACK, markersize=9)
         axes.axvline(0, color=BLACK, linewidth=0.8)
+        far = max(abs(end) for _, row in rows for end in row["interval"]) > 10
+        if far:  # or the small ones could not be seen
+            ticks = [-20, -10, -5, -2, 0, 2, 5, 10, 20]
+            axes.set_xscale("symlog", linthresh=5)
+            axes.set_xticks(ticks, ticks)
+            axes.minorticks_off()
         names = [f"{number}  {row['name'].removeprefix('accuracy: ')}" for number, row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("difference in accuracy (points)\nmean and 95 % interval over seeds")
+        axes.set_xlabel(f"difference in accuracy (points{', from 5 on logarithmic' if far else ''})\n"
+                        "mean and 95 % interval over seeds")
         for meaning, (colour, mark) in (VERDICTS | {"margin of “keeps up”": (BLACK, "|")}).items():
             axes.plot([], [], mark, color=colour, label=meaning)
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
