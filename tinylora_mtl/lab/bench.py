@@ -229,8 +229,8 @@ def figure_table(results):
         lines.setdefault(name, {})[figure["on"]] = in_words(figure)
     table = markdown_table(["", "", "against", "target", *(Path(column).name for column in results["columns"])], [
         [*name, *(cells.get(column, "") for column in results["columns"])] for name, cells in lines.items()])
-    return (f"{table}\n\nRatios, medians of {results['repeats']} turns of each side, with their quartiles; weights in "
-            f"{results['dtype']}.\nOn {results['on']}.")
+    return (f"{table}\n\nRatios, medians of {results['repeats']} turns of each side (of memory fewer), with their "
+            f"quartiles; weights in {results['dtype']}.\nOn {results['on']}.")
 
 
 def main(argv=None):

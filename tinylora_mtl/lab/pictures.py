@@ -82,8 +82,8 @@ def draw_differences(rows, folder, name):
         names = [f"{number}  {row['name'].removeprefix('accuracy: ')}" for number, row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"difference in accuracy (points{', from 5 on logarithmic' if far else ''})\n"
-                        "mean and 95 % interval over seeds")
+        axes.set_xlabel("difference in accuracy (points)\nmean and 95 % interval over seeds"
+                        + "\nlogarithmic beyond 5 points" * far)
         for meaning, (colour, mark) in (VERDICTS | {"margin of “keeps up”": (BLACK, "|")}).items():
             axes.plot([], [], mark, color=colour, label=meaning)
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)

@@ -170,9 +170,9 @@ def run_table(results):
             f"{first['trainable_parameters']:,}", f"{first['lr']:g}{edge}" + (
                 f", inner {first['inner_lr']:g}" if "inner_lr" in first else ""),
             f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}" + (f" ({skipped} steps skipped)" if skipped else ""),
-            f"{mean(run['seconds'] for run in runs):.0f}"])
+            f"{median(run['seconds'] for run in runs):.0f}"])
     head = ["method", "trained on", "samples per task", "samples seen", "rank", "heads", "parameters", "learning rate",
-            "accuracy, mean ± sd over seeds", "seconds a run"]
+            "accuracy, mean ± sd over seeds", "seconds a run, median"]
     return (f"{markdown_table(head, rows)}\n\nLearning rates were chosen for each method on validation samples, with "
             "seeds of their own; * marks the smallest or largest of more than two. Runs with fewer samples than all, "
             f"and all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} "
