@@ -858,6 +858,30 @@ def test_what_the_documents_say_in_words_of_the_embedded_model():
 
 
 def test_what_the_documents_say_in_words_of_the_real_model():
+    results = json.loads((PUBLISHED / "smollm2.json").read_text())
+    rows = {row["name"]: row for claim in results["claims"] for row in claim["comparisons"]}
+    runs = {}
+    for run in results["runs"]:
+        if not run["search"]:
+            runs.setdefault(run["method"], []).append(run)
+    cosine = {method: mean(run["cosine"] for run in found) for method, found in runs.items() if "cosine" in found[0]}
+    assert cosine["mlora_heads"] < cosine["rlora"] < 0 and 0.8 < min(
+        cosine[f"{method}_{start}"] for method, start in (("mlora", "zero"), ("mlora", "released"), ("rlora", "released")))
+    told = [row["name"] for row in rows.values() if row.get("word") not in (None, "undecided")]
+    assert told == ["accuracy: rlora_released - rlora"] and rows[told[0]]["word"] == "no different"
+    assert rows["accuracy: mlora_released - mlora_heads"]["interval"][1] < 2
+    reach = [row["interval"][1] - row["mean"] for row in rows.values() if row["unit"] == "points"]
+    assert 0.55 < min(reach) < 0.65 and 2.3 < max(reach) < 2.4
+    widest = max(stdev(row["differences"]) for row in rows.values() if row["unit"] == "points")
+    assert t_interval([-widest / 2 ** 0.5, widest / 2 ** 0.5] * 8 + [0.0])[1][1] < 1.05  # 17 seeds
+    sentiment = [100 * stdev(run["after"]["sentiment"] for run in found) for found in runs.values()]
+    assert 1.5 < min(sentiment) < 2.5 and 4.5 < max(sentiment) < 5.5
+    assert [rate["method"] for rate in results["rates"] if rate["at_the_edge"]] == ["lora_scaled"]
+    before = {round(100 * run["average_before"], 1) for run in results["runs"] if not run["search"]}
+    assert all(65 < value < 67 for value in before) and max(before) - min(before) < 1
+
+
+def test_what_the_documents_say_in_words_of_the_first_comparison():
     results = json.loads((PUBLISHED / "smollm2_first.json").read_text())
     done = [run for run in results["runs"] if not run["search"] and run["where"] != "cost"]
     assert {(run["where"], round(100 * run["average_before"])) for run in done} == {("tasks", 72), ("languages", 48)}
