@@ -73,7 +73,6 @@ STARTS = {"as in the paper": ("rlora", "mlora_heads"), "zero": ("rlora_dropout",
 # needs A x only once.
 COSTS = {"dropout 0.1": ({"method": "hydralora", "dropout": 0.1}, {"method": "rlora", "dropout": 0.1}),
          "no dropout": ({"method": "hydralora", "dropout": 0.0}, {"method": "rlora", "dropout": 0.0})}
-COST_REPEATS = 3  # measurements of each of --methods against LoRA; claim 3 has as many as there are seeds
 UNITS = {"accuracy": "points", "adapted": "points", "unseen": "points", "bits": "bits", "cosine": "cosine",
          "distance": "nats", "moved": "nats", "time": "%", "memory": "%"}
 

@@ -31,7 +31,7 @@ from ..data.embedded import LANGUAGES
 from ..data.tasks import EMBEDDED, TASK_SETS, check_labels, embedded_samples, load_tasks, own_name, require_samples
 from ..run import files, models, settings
 from ..run.methods import find_method, typed_method
-from .claims import COST_REPEATS, COSTS, VARIANTS, Group, best_rates, declare, few_of
+from .claims import COSTS, VARIANTS, Group, best_rates, declare, few_of
 
 PRESETS = {
     "quick": {"claims": [1, 4, 5], "search_seeds": 1, "seeds": 3, "steps": 60, "batch_size": 32, "rates": [3e-3, 1e-2],
@@ -108,7 +108,7 @@ class Plan:
                    for seed in others for group in searched for tried in self.tried_again(group, rows)]
                 + [Run(group, seed) for seed in self.seeds for group in self.groups if group.where != "cost"]
                 + [Run(group, seed) for group in self.groups if group.where == "cost"
-                   for seed in (self.seeds if group.method in COSTS else range(COST_REPEATS))])
+                   for seed in (self.seeds if group.method in COSTS else [0])])  # of --methods once
 
     def cost_pair(self, method):
         """The settings of the two runs whose steps are compared: a pair of COSTS, or LoRA and a method."""

@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from .claims import (COST_REPEATS, POINT, STARTS, UNITS, Group, best_rates, few_of, joint_verdict, t_interval,
-                     verdict, word)
+from .claims import POINT, STARTS, UNITS, Group, best_rates, few_of, joint_verdict, t_interval, verdict, word
+from .cost import STEPS
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "results"
 
@@ -121,8 +121,9 @@ def verdict_table(*compared):
                     return f"**{claim['verdict']}**{old}"
         return "-"
 
-    return markdown_table(["claim", *columns], [[f"{number}. {text}", *(cell(each, number) for each in columns.values())]
-                                                for number, text in sorted(texts.items())])
+    return markdown_table(["claim", *columns], [
+        [f"{number}. {text}", *(cell(column, number) for column in columns.values())]
+        for number, text in sorted(texts.items())])
 
 
 def start_table(*compared):
@@ -209,8 +210,8 @@ def method_rows(results):
     for method, merges in results["conditions"].get("methods", {}).items():
         runs = [run for run in done if (run["method"], run["where"]) == (method, "tasks")]
         middle, (low, high) = t_interval([100 * run["average_after"] for run in runs])
-        measured = [run for run in done if (run["method"], run["where"]) == (method, "cost")]
-        costs = [f"{1 + median(run[name] for run in measured) / 100:.2f}" for name in ("time", "memory")]
+        cost = next(run for run in done if (run["method"], run["where"]) == (method, "cost"))
+        costs = [f"{1 + cost[name] / 100:.2f}" for name in ("time", "memory")]
         first, accuracy = runs[0], f"{middle:.1f} [{low:.1f}, {high:.1f}]"
         rows.append((middle, [method, accuracy, *costs, merges, f"{first['lr']:g}", first["rank"],
                               f"{first['trainable_parameters']:,}", first["samples"]]))
@@ -222,8 +223,8 @@ def method_table(results):
     head = ["method", "accuracy [95 % interval]", "time", "memory", "can be merged", "learning rate", "rank",
             "parameters", "samples per task"]
     return (f"{markdown_table(head, method_rows(results))}\n\nAccuracy on test samples, the mean of the tasks. Time "
-            "and peak memory of a training step are multiples of LoRA's,\nmeasured side by side, medians of "
-            f"{COST_REPEATS}. For one task: it differs by task, so it must be told which, also to answer.")
+            "and peak memory of a training step are multiples of LoRA's, measured side by side (time: medians of "
+            f"{STEPS}\nsteps, by turns). For one task: it differs by task, so it must be told which, also to answer.")
 
 
 TABLES = {"conditions": conditions_text, "starts": start_table, "methods": method_table, "verdicts": verdict_table,
