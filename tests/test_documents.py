@@ -89,7 +89,7 @@ def run_command(module, flags, **variables):
 
 
 # What stands between <!-- mini: verdicts --> and <!-- end --> is made from the published results (assets/results), so that
-# no number there was ever typed; with <!-- mini+smollm2: verdicts --> both files stand side by side. And between
+# no number there was ever typed; with <!-- mini+smollm2: starts --> both files stand side by side. And between
 # <!-- source: lora.LoRALinear.forward --> and <!-- end --> stand the lines of that function, without its docstring.
 def source(name):
     """The lines of a function of this package, "module.function" or "module.Class.method", without its docstring."""

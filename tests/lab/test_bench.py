@@ -164,7 +164,7 @@ def test_the_table_says_what_the_results_say():
         "| 5 | c: time | that | at most 1.05 | not measured: needs peft |  |",
         "| 5 | c: time | that | at least 5 | 7.00 (6.90-7.10) |  |",
         "| 6 | d: time | that | 0.97 to 1.03 |  | 1.00 (0.90-1.10) |", "",
-        "Ratios, medians of 7 turns of each side (of memory fewer), with their quartiles; weights in bfloat16.", "On a card."]
+        "Ratios, medians of 7 turns of each side (of memory at most 5), with their quartiles; weights in bfloat16.", "On a card."]
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):

@@ -29,7 +29,7 @@ from ..multihead import MultiHeadLoRALinear
 from ..run import cli, files, models
 from ..run.checkpoint import place_of, put_back
 from ..train import TrainState, train
-from .cost import begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
+from .cost import MEMORY_REPEATS, begin_run, paired_ratio, peaks, some_batches, stepper, take_turns, training_steps
 from .report import markdown_table
 
 SHAPES = ((576, 1536), (896, 4864))  # d_in, d_out of the widest layers of SmolLM2-135M and Qwen2.5-0.5B
@@ -229,8 +229,8 @@ def figure_table(results):
         lines.setdefault(name, {})[figure["on"]] = in_words(figure)
     table = markdown_table(["", "", "against", "target", *(Path(column).name for column in results["columns"])], [
         [*name, *(cells.get(column, "") for column in results["columns"])] for name, cells in lines.items()])
-    return (f"{table}\n\nRatios, medians of {results['repeats']} turns of each side (of memory fewer), with their "
-            f"quartiles; weights in {results['dtype']}.\nOn {results['on']}.")
+    return (f"{table}\n\nRatios, medians of {results['repeats']} turns of each side (of memory at most "
+            f"{MEMORY_REPEATS}), with their quartiles; weights in {results['dtype']}.\nOn {results['on']}.")
 
 
 def main(argv=None):

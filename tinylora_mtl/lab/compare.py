@@ -128,7 +128,7 @@ def carry_out(plan, run, rates, stop):
         if run.group.where == "cost":
             return row | costs_of(plan, run, folder)
         config = plan.config(run, rates)
-        base = tuple(config.tasks), config.split  # what the base scores is the same for all on the same samples
+        base = tuple(config.tasks), config.split  # on the same samples all start as the base, to rounding
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
                 if (folder / "config.json").is_file():

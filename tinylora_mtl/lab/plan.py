@@ -94,7 +94,7 @@ class Plan:
         trained = sorted({group.method for group in self.groups if group.method not in COSTS})
         names = [own_name(name) for name in self.task_sets["tasks"]]
         self.variants, self.parameters, self.merges = match(trained, self.base, names)
-        self.before = {}  # {(tasks, split): what the base model scores}, once it is known
+        self.before = {}  # {(tasks, split): what a model scores at the start}, once known
 
     def runs(self, rows):
         """The list, as far as it is known from {name: row}: the search of the learning rates, then what they are for.

@@ -161,14 +161,13 @@ def run_table(results):
     for row in results["runs"]:
         if not row["search"] and row["where"] != "cost":
             groups.setdefault((row["method"], row["where"], row["samples"]), []).append(row)
-    edges = {(rate["method"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
     for (method, where, samples), runs in groups.items():
         first, accuracies = runs[0], [100 * run["average_after"] for run in runs]
         heads = first["heads"] if any(kind in method for kind in ("hydra", "rlora", "mlora")) else "-"
-        edge, skipped = "*" if (method, first["lr"]) in edges else "", sum(run["skipped_steps"] for run in runs)
+        skipped = sum(run["skipped_steps"] for run in runs)
         rows.append([
             method, where, samples, f"{first['samples_seen']:,}", first["rank"], heads,
-            f"{first['trainable_parameters']:,}", f"{first['lr']:g}{edge}" + (
+            f"{first['trainable_parameters']:,}", searched_rate(results, first) + (
                 f", inner {first['inner_lr']:g}" if "inner_lr" in first else ""),
             f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}" + (f" ({skipped} steps skipped)" if skipped else ""),
             f"{median(run['seconds'] for run in runs):.0f}"])
@@ -178,6 +177,12 @@ def run_table(results):
             "seeds of their own; * marks the smallest or largest of more than two. Runs with fewer samples than all, "
             f"and all runs of meta, have the rate that was found with {few_of(results['conditions']['sizes'])} "
             "samples. Parameters are those that train.")
+
+
+def searched_rate(results, run):
+    """The learning rate of a run, with * if it is the smallest or largest of more than two that were tried."""
+    edges = {(rate["method"], rate["lr"]) for rate in results["rates"] if rate["at_the_edge"]}
+    return f"{run['lr']:g}{'*' * ((run['method'], run['lr']) in edges)}"
 
 
 def task_table(results):
@@ -213,7 +218,7 @@ def method_rows(results):
         cost = next(run for run in done if (run["method"], run["where"]) == (method, "cost"))
         costs = [f"{1 + cost[name] / 100:.2f}" for name in ("time", "memory")]
         first, accuracy = runs[0], f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-        rows.append((middle, [method, accuracy, *costs, merges, f"{first['lr']:g}", first["rank"],
+        rows.append((middle, [method, accuracy, *costs, merges, searched_rate(results, first), first["rank"],
                               f"{first['trainable_parameters']:,}", first["samples"]]))
     return [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
 
@@ -224,7 +229,8 @@ def method_table(results):
             "parameters", "samples per task"]
     return (f"{markdown_table(head, method_rows(results))}\n\nAccuracy on test samples, the mean of the tasks. Time "
             "and peak memory of a training step are multiples of LoRA's, measured side by side (time: medians of "
-            f"{STEPS}\nsteps, by turns). For one task: it differs by task, so it must be told which, also to answer.")
+            f"{STEPS}\nsteps, by turns). For one task: it differs by task, so it must be told which, also to answer. "
+            "*: the smallest or largest rate\nthat was tried.")
 
 
 TABLES = {"conditions": conditions_text, "starts": start_table, "methods": method_table, "verdicts": verdict_table,

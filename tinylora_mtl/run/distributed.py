@@ -42,7 +42,7 @@ def process_group():
         raise
     # No process is to end right after an exchange: one whose gloo threads still hold its tensors may abort (PyTorch's
     # issue 190489). So all wait for the first, which writes. Not so after an error: the others may not get there.
-    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    dist.barrier()
     dist.destroy_process_group()
 
 
