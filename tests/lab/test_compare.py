@@ -27,7 +27,7 @@ from tinylora_mtl.lab.report import PUBLISHED, conditions_text, judge_claims, ma
 from tinylora_mtl.run import fingerprints, gradients, training
 from tinylora_mtl.run.checkpoint import place_of, put_back
 from tinylora_mtl.run.folder import locked
-from tinylora_mtl.run.methods import TYPED
+from tinylora_mtl.run.methods import TYPED, typed_method
 from tinylora_mtl.run.models import load_model
 from tinylora_mtl.run.settings import read_config
 from tinylora_mtl.train import GRADIENTS
@@ -731,6 +731,18 @@ def test_methods_that_there_are_not(tmp_path, flags, message):
 
 
 # -------------------------------------------------------------------------------------------------------- the costs
+def test_a_fresh_process_knows_the_methods_of_the_gallery_and_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / "my way.py").write_text("from tinylora_mtl.lora import LoRALinear\nLR = 1e-3\n\nclass Layer(LoRALinear):\n"
+                                        "    def __init__(self, base, config):\n        super().__init__(base, 2, 4)\n")
+    for known in (MINI_LR, LAYERS, GRADIENTS, TYPED):  # as they were, when the test is done
+        monkeypatch.setitem(known, "my way", None)
+        del known["my way"]
+    name = typed_method(str(tmp_path / "my way.py"))
+    configs = [TrainConfig(method=method, device="cpu", batch_size=8, targets=("q_proj",)) for method in ("mtl_lora", name)]
+    seconds = cost.in_a_process(cost.take_turns, cost.training_steps, configs, 1, 0)
+    assert len(seconds) == 2 and min(map(min, seconds)) > 0
+
+
 def test_costs_are_differences_in_percent_whichever_goes_first(monkeypatch):
     costs = {"a": (2.0, 100), "b": (1.5, 110)}
     monkeypatch.setattr(cost, "in_a_process", lambda function, *args, **options: (

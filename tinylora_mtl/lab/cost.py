@@ -20,6 +20,7 @@ import torch
 from ..config import resolve
 from ..data.tasks import load_tasks
 from ..run import models, training
+from ..run.methods import TYPED, find_method, typed_method
 from ..train import TrainState, train
 
 WARM_UP, STEPS = 3, 12  # training steps that are not counted, and those that are
@@ -51,9 +52,17 @@ def clock():
 
 
 def in_a_process(function, *arguments):
-    """function(*arguments) in a fresh process with as many threads as this one has."""
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    """function(*arguments) in a fresh process with as many threads as this one has, and the user's methods known."""
+    known = torch.get_num_threads(), list(map(str, TYPED.values()))
+    with multiprocessing.get_context("spawn").Pool(1, as_here, known) as pool:
         return pool.apply(function, arguments)
+
+
+def as_here(threads, typed):
+    """What a fresh process needs to know of the one that started it."""
+    torch.set_num_threads(threads)
+    for path in typed:
+        typed_method(path)
 
 
 def peaks(make, arguments, repeats, uses=2):
@@ -104,6 +113,7 @@ def paired_ratio(ours, theirs, quantity, target):
 
 def begin_run(config):
     """(config, model with adapters, its batches) at the start of a run of `train`."""
+    find_method(config.method)
     config = resolve(config)
     tasks = load_tasks(config.tasks, config.samples, config.seed)
     model, tokenizer, _ = models.load_model(config.model, config.device, config.dtype)
