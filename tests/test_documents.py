@@ -218,7 +218,7 @@ def test_the_readmes_run_from_start_to_end(tmp_path, monkeypatch):
         shutil.copytree(desk / "path" / "to" / "a" / "task", desk / name)
     monkeypatch.chdir(desk)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    more = {"train": ["--steps", "2"], "lab.bench": ["--rows", "11", "--repeats", "1"]}
+    more = {"train": ["--steps", "2"], "lab.bench": ["--rows", "6", "--repeats", "1"]}
     names, printed, seen = {"__name__": "readme"}, "", []
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in READMES)
     for mark, language, body in blocks(text):

@@ -139,7 +139,7 @@ def test_what_is_freed_is_no_part_of_a_peak():
 
 def test_what_is_not_installed_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(bench, "ROWS", rows(1)[:1] + rows(11))
+    monkeypatch.setattr(bench, "ROWS", rows(1)[:1] + rows(6))
     monkeypatch.setattr(bench, "TrainConfig", lambda **options: SMALL)
     results = bench.main(["--repeats", "1"])
     assert [figure.get("missing") for figure in results["figures"]] == ["peft", None]
@@ -164,16 +164,17 @@ def test_the_table_says_what_the_results_say():
         "| 5 | c: time | that | at most 1.05 | not measured: needs peft |  |",
         "| 5 | c: time | that | at least 5 | 7.00 (6.90-7.10) |  |",
         "| 6 | d: time | that | 0.97 to 1.03 |  | 1.00 (0.90-1.10) |", "",
-        "Ratios, medians of 7 turns of each side (of memory at most 5), with their quartiles; weights in bfloat16.", "On a card."]
+        "Ratios, medians of 7 turns of each side (of memory at most 5), with their quartiles; weights in bfloat16.",
+        "On a card."]
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
-    returned = bench.main(["--rows", "11", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "new/a.json")])
+    returned = bench.main(["--rows", "6", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "new/a.json")])
     written = json.loads((tmp_path / "new/a.json").read_text())
     assert written == returned and capsys.readouterr().out.strip() == bench.figure_table(written)
     only, = written["figures"]
     assert "thread" in written["on"] and f"torch {torch.__version__}" in written["on"]
-    assert len(only["ours"]) == 2 and only["on"] == "mini" and only["target"] == [0.97, 1.03]
+    assert len(only["ours"]) == 2 and only["on"] == "mini" and only["target"] == [None, 1.05]
 
 
 def test_where_is_measured_what(monkeypatch):
@@ -185,14 +186,14 @@ def test_where_is_measured_what(monkeypatch):
     monkeypatch.setattr(bench, "figure_of", figure_of)
     monkeypatch.setattr(bench, "load_tasks", lambda names: [None] * 2)
     results = bench.main([])
-    assert sorted({number for number, *_ in seen}) == [1, 3, 4, 5, 6, 7, 8, 10, 11]
+    assert sorted({number for number, *_ in seen}) == [1, 3, 4, 5, 6, 7, 8, 10]
     assert {config.model for *_, config in seen} == {"mini"}
     assert {(f["row"] == 4, f["on"]) for f in results["figures"]} == {(False, "mini"), (True, "real size")}
     assert {f["what"].split(", ")[2] for f in results["figures"] if f["row"] == 4} == {"576 → 1536", "896 → 4864"}
     seen.clear()
-    results = bench.main(["--model", "some/model", "--tasks", "x", "y", "--rows", "2", "4", "11"])
+    results = bench.main(["--model", "some/model", "--tasks", "x", "y", "--rows", "2", "4", "6"])
     assert [(number, quantity, config.model) for number, quantity, config in seen if number != 4] == [
-        (2, "time", "some/model"), (2, "time", "some/model"), (11, "time", "mini"), (11, "time", "some/model")]
+        (2, "time", "some/model"), (2, "time", "some/model"), (6, "time", "mini"), (6, "time", "some/model")]
     assert {f["on"] for f in results["figures"] if f["row"] == 4} == {"some/model"}
     assert seen[0][2].tasks == ["x", "y"] and seen[0][2].batch_size == 16
     monkeypatch.setattr(bench, "load_tasks", lambda names: [None])
@@ -201,14 +202,14 @@ def test_where_is_measured_what(monkeypatch):
 
 
 # -------------------------------------------------------------------------------- the two sides of a row do one work
-def test_all_eleven_rows_are_there_with_the_targets_that_were_set():
+def test_all_ten_rows_are_there_with_the_targets_that_were_set():
     assert [(row.number, row.targets) for row in ROWS] == [
         (1, {"time": (None, 1.0)}), (1, {"time": (None, 1.0)}), (2, {"time": (None, 1.12)}),
         (2, {"time": (None, 1.25)}), (3, {"time": (None, 1.25)}),
         *[(4, {"time": (None, 0.75), "memory": (None, 0.8)})] * 2,
         *[(4, {"time": (None, 0.5), "memory": (None, 0.5)})] * 2, (5, {"time": (None, 1.0), "memory": (None, 1.0)}),
         (5, {"time": (None, 1.0), "memory": (None, 1.0)}), (6, {"time": (None, 1.05)}), (7, {"time": (None, 1.25)}),
-        (8, {"time": (None, 1.05)}), (9, {"time": (None, 0.75)}), (10, {"speed": (5.0, None)}), (11, {"time": (0.97, 1.03)})]
+        (8, {"time": (None, 1.05)}), (9, {"time": (None, 0.75)}), (10, {"speed": (5.0, None)})]
     assert all(pickle.loads(pickle.dumps(row.sides)) for row in ROWS)  # for memory they go to other processes
 
 
@@ -347,14 +348,6 @@ def test_the_plain_loop_gives_the_same_answers():
     assert all(answer.startswith(plain) for answer, plain in pairs)  # in a batch there is room for its longest target
     assert sum(answer == plain != "" for answer, plain in pairs) > len(pairs) / 2
     assert len(answers) == 16 and len(set(answers)) > 5  # two of each of eight tasks
-
-
-def test_merged_and_base_are_two_models_on_one_batch():
-    merged, base = rows(11)[0].sides(SMALL)
-    assert not find_adapters(merged.args[0]) and merged.args[0] is not base.args[0]
-    ours, theirs = merged(), base()
-    assert ours.shape == theirs.shape and not ours.requires_grad
-    assert 1e-4 < (ours - theirs).abs().max() < 20
 
 
 @pytest.mark.slow

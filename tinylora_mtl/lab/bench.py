@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from ..adapters import find_adapters, merge_adapters
+from ..adapters import find_adapters
 from ..batching import encode_target
 from ..config import TrainConfig
 from ..data.tasks import load_tasks
-from ..evaluate import EXTRA_TOKENS, evaluation_mode, generate_answers
-from ..loss import NO_LABEL, label_logits, label_loss
+from ..evaluate import EXTRA_TOKENS, generate_answers
+from ..loss import NO_LABEL, label_loss
 from ..multihead import MultiHeadLoRALinear
 from ..run import cli, files, models
 from ..run.checkpoint import place_of, put_back
@@ -151,21 +151,6 @@ def evaluation_and_loop(config):
     return partial(generate_answers, model, tokenizer, samples), lambda: [plain(*sample) for sample in samples]
 
 
-def merged_and_base(config):
-    """A forward pass of the model with its adapters merged, and of the base model."""
-    config, model, batches = begin_run(config)
-    with torch.no_grad():
-        for adapter in find_adapters(model).values():
-            adapter.lora_B.weight.normal_(std=0.01)
-    merge_adapters(model)
-    batch = next(batches)
-
-    def logits(model):
-        with evaluation_mode(model):
-            return label_logits(model, batch)[0]
-    return partial(logits, model), partial(logits, base_model(config)[0])
-
-
 @dataclass(frozen=True)
 class Row:
     """Something measured against something else, on the same samples."""
@@ -196,7 +181,6 @@ ROWS = [
     Row(8, "MeTA round", "(k + 1) n LoRA steps", round_and_steps, {"time": (None, 1.05)}),
     Row(9, "whole LoRA run", "PEFT and Trainer", run_and_trainer, {"time": (None, 0.75)}, "model"),
     Row(10, "evaluation", "`generate`, one by one", evaluation_and_loop, {"speed": (5.0, None)}),
-    Row(11, "merged model, forward", "base model", merged_and_base, {"time": (0.97, 1.03)}),
 ]
 
 
@@ -239,8 +223,8 @@ def main(argv=None):
     parser.add_argument("--model", default="mini", help="a folder or Hub name, measured beside mini; rows 2 "
                         "and 9 need one")
     parser.add_argument("--tasks", nargs="+", default=["mini"], help="the tasks of that model (default: mini's)")
-    parser.add_argument("--rows", type=cli.whole(1, 11), nargs="+", metavar="N", default=range(1, 12),
-                        help="which rows of the table to measure (default: all 11)")
+    parser.add_argument("--rows", type=cli.whole(1, 10), nargs="+", metavar="N", default=range(1, 11),
+                        help="which rows of the table to measure (default: all 10)")
     parser.add_argument("--repeats", type=cli.whole(1), default=7, help="turns of each side (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", choices=["auto", *models.DTYPES], help="of the frozen weights")
